@@ -1,0 +1,40 @@
+# Every target makes what it needs; nothing else has to be typed first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+BENCH_STAMP := $(VENV)/.installed-bench
+
+.PHONY: demo test check soak bench clean
+
+demo: $(STAMP)
+	$(BIN)/koat demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+check: test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+soak: $(STAMP)
+	$(BIN)/python -m pytest -q -m soak --timeout 3600
+
+bench: $(BENCH_STAMP)
+	$(BIN)/python -m benchmarks.run_all
+
+# PyTorch first, by its exact version: an open range would bring gigabytes of GPU libraries along.
+$(STAMP): constraints.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+$(BENCH_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,bench]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) koat-demo .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,1 @@
+"""The ground floor: configuration, errors, run folders. Imports no PyTorch."""

@@ -1,0 +1,122 @@
+"""Every setting of a base model, its data and its training: name, type, default, help. One home each.
+
+A method's own settings live with the method, in `koat.adapters.methods`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from koat.core.config import Section
+
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class ModelSettings(Section):
+    """The base model and how it is loaded."""
+
+    base: str = Field(description="Folder or Hub id of the base model; `nano` is the small one that ships.")
+    revision: str | None = Field(None, description="Branch, tag or commit on the Hub.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Type of the frozen weights; `auto` takes bfloat16 on CUDA, float32 elsewhere."
+    )
+    device: str = Field("auto", description="`auto`, `cpu`, `cuda` or `cuda:N`.")
+    layout: Literal["auto", "forest", "padded"] = Field(
+        "auto",
+        description="`forest` shares prefixes; `padded` runs one sequence a row; `auto` verifies, then chooses.",
+    )
+    attention: Literal["auto", "sdpa", "flex", "eager"] = Field(
+        "auto", description="Attention kernel; `auto` takes flex on CUDA where the family has it, sdpa elsewhere."
+    )
+    trust_remote_code: bool = Field(
+        False, description="Run Python code that comes with the model. Only for publishers you trust."
+    )
+
+
+class TemplateSettings(Section):
+    """A prompt template of one's own: `{field}` is replaced by that field of a record."""
+
+    prompt: str = Field(description="What is given, for example '### 질문: {instruction}\\n\\n### 답변:'.")
+    response: str = Field("{output}", description="What is supervised.")
+    name: str = Field("custom", description="A name for tables and model cards.")
+
+
+Template = str | TemplateSettings
+
+
+class DataSettings(Section):
+    """Training and validation data, and how rows become token sequences."""
+
+    train: list[str] = Field(description="Files, folders or Hub ids to train on.", min_length=1)
+    validation: list[str] = Field(default_factory=list, description="Files to validate on; none: see validation_fraction.")
+    validation_fraction: Fraction = Field(
+        0.0, description="Share of the training groups (articles, or rows) held out when `validation` is empty."
+    )
+    splits: Path | None = Field(
+        None,
+        description="TSV with columns `title` and `split` that divides groups into parts; "
+        "`train` and `validation` are then read from the training files.",
+    )
+    limit: Positive | None = Field(None, description="Use only this many training rows, drawn with the run's seed.")
+    validation_limit: Positive | None = Field(None, description="Use only this many validation rows.")
+    format: Literal["auto", "alpaca", "prompt-completion", "chat", "squad", "table", "datasets"] = Field(
+        "auto", description="What the files hold; `auto` looks at their content."
+    )
+    columns: dict[str, str] = Field(
+        default_factory=dict, description="Field of the template: column of the file, for example instruction: question."
+    )
+    values: dict[str, dict[str, str]] = Field(
+        default_factory=dict, description="Words for coded values, for example label: {0: 부정, 1: 긍정}."
+    )
+    clean: dict[str, Literal["hangul", "strip"]] = Field(
+        default_factory=dict, description="Cleaning per field: `hangul` keeps Hangul and white space only."
+    )
+    template: Template | list[Template] = Field(
+        "koalpaca", description="Prompt template by name, one of your own, or several (each row is used in each)."
+    )
+    loss_on: Literal["response", "all"] = Field("response", description="Which tokens are supervised.")
+    max_length: Positive | None = Field(None, description="Longest sequence in tokens; none: the model's own limit.")
+    overflow: Literal["error", "drop", "truncate_context"] = Field(
+        "error", description="What happens to a longer sequence; whatever happens is counted and reported."
+    )
+    on_bad_row: Literal["error", "skip"] = Field("error", description="Stop at a broken row, or skip and list it.")
+
+
+class TrainingSettings(Section):
+    """The training loop."""
+
+    batch_size: Positive = Field(16, description="Examples per optimizer step, over all processes.")
+    epochs: float = Field(1.0, gt=0, description="Passes over the training data; ignored when max_steps is set.")
+    max_steps: Positive | None = Field(None, description="Optimizer steps; overrides epochs.")
+    learning_rate: float = Field(1e-3, gt=0, description="Peak learning rate; each method brings its own default.")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="Shape after the warm-up.")
+    warmup: Fraction = Field(0.05, description="Share of the steps over which the learning rate rises.")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay.")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's moment decay rates.")
+    max_grad_norm: float = Field(1.0, ge=0, description="Clip the gradient to this norm; 0 leaves it alone.")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="Type of the computation; `auto` takes bfloat16 on CUDA, float32 elsewhere."
+    )
+    activation_checkpointing: bool = Field(
+        False, description="Recompute each layer in the backward pass: less memory, about a third more time."
+    )
+    tokens_per_microbatch: Positive = Field(
+        4096, description="Tokens (after sharing) that go through the model at once; lower it when memory runs out."
+    )
+    max_row_length: Positive | None = Field(
+        None, description="Longest forest row in tokens; none: chosen from the model's shape."
+    )
+    sampler: Literal["shuffled", "grouped"] = Field(
+        "grouped",
+        description="`grouped` keeps rows with one context (an article's questions) in one step; `shuffled` mixes all.",
+    )
+    noise: float = Field(0.0, ge=0, description="NEFTune's alpha: uniform noise on the embeddings; 0 is none.")
+    validate_every: Positive | None = Field(None, description="Steps between validations; none: ten a run.")
+    save_every: Positive | None = Field(None, description="Steps between checkpoints; none: with each validation.")
+    keep_checkpoints: Positive = Field(2, description="How many checkpoints stay on disk.")
+    keep: Literal["best", "last"] = Field("best", description="Which adapter the run ends with, by validation loss.")
+    seed: int = Field(0, ge=0, description="Seeds data order, adapter initialisation and dropout.")
