@@ -1,0 +1,87 @@
+"""From hidden states to log-probabilities, computing only the rows of the LM head that some target needs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+CHUNK_BYTES = 128 * 1024 * 1024
+"""Float32 logits that exist at once; more are cut into chunks and rebuilt in the backward pass."""
+
+
+def compute_logits(model: nn.Module, hidden: Tensor) -> Tensor:
+    """Apply a causal model's head to hidden rows `[S, d]`: the linear map, and what some families add.
+
+    Gemma 2 caps its logits (`final_logit_softcapping`), Granite divides them (`logits_scaling`), Cohere
+    multiplies them (`logit_scale`). A head that does anything else is found out by `koat.forest.verify`.
+    """
+    config: Any = model.config
+    logits: Tensor = model.get_output_embeddings()(hidden)  # type: ignore[operator]
+    if getattr(config, "logits_scaling", None) is not None:
+        logits = logits / config.logits_scaling
+    if getattr(config, "logit_scale", None) is not None:
+        logits = logits * config.logit_scale
+    cap = getattr(config, "final_logit_softcapping", None)
+    if cap is not None:
+        logits = torch.tanh(logits / cap) * cap
+    return logits
+
+
+def gather_logprobs(logits: Tensor, row: Tensor, target: Tensor) -> Tensor:
+    """Return log-probabilities `[P]` of `target[P]` under rows `row[P]` of `logits [S, V]`, in float32."""
+    logits = logits.float()
+    picked = logits.view(-1).index_select(0, row * logits.shape[-1] + target)
+    return picked - torch.logsumexp(logits, dim=-1).index_select(0, row)
+
+
+@torch.no_grad()
+def head_scores(
+    model: nn.Module, hidden: Tensor, source: Tensor, target: Tensor, chunk_bytes: int = CHUNK_BYTES
+) -> tuple[Tensor, Tensor]:
+    """Return the log-probability `[P]` of each `target` and the likeliest token id `[P]` in its place."""
+    unique, row = torch.unique(source, return_inverse=True)
+    vocabulary = model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
+    chunk = max(1, chunk_bytes // (4 * vocabulary))
+    logprobs = torch.empty(len(source), device=hidden.device)
+    greedy = torch.empty(len(source), dtype=torch.int64, device=hidden.device)
+    for start in range(0, len(unique), chunk):
+        logits = compute_logits(model, hidden.index_select(0, unique[start : start + chunk]))
+        here = ((row >= start) & (row < start + chunk)).nonzero().squeeze(1)
+        logprobs[here] = gather_logprobs(logits, row[here] - start, target[here])
+        greedy[here] = logits.argmax(-1)[row[here] - start]
+    return logprobs, greedy
+
+
+def head_logprobs(
+    model: nn.Module, hidden: Tensor, source: Tensor, target: Tensor, chunk_bytes: int = CHUNK_BYTES
+) -> Tensor:
+    """Return the log-probability `[P]` of each `target` given the hidden state of its `source`.
+
+    `hidden` is `[N, d]` for the N tokens of a micro-batch. Tokens that predict several targets (where a tree
+    branches) go through the head once.
+    """
+    unique, row = torch.unique(source, return_inverse=True)
+    vocabulary = model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
+    chunk = max(1, chunk_bytes // (4 * vocabulary))
+
+    def compute_chunk(states: Tensor, row: Tensor, target: Tensor) -> Tensor:
+        return gather_logprobs(compute_logits(model, states), row, target)
+
+    states = hidden.index_select(0, unique)
+    if len(unique) <= chunk:
+        return compute_chunk(states, row, target)
+    order = torch.argsort(row, stable=True)
+    bounds = torch.searchsorted(row[order].contiguous(), torch.arange(0, len(unique) + chunk, chunk, device=row.device))
+    parts = []
+    for number, part in enumerate(states.split(chunk)):
+        chosen = order[bounds[number] : bounds[number + 1]]
+        arguments = (part, row[chosen] - number * chunk, target[chosen])
+        parts.append(
+            checkpoint(compute_chunk, *arguments, use_reentrant=False)
+            if torch.is_grad_enabled()
+            else compute_chunk(*arguments)
+        )
+    return torch.cat(parts).index_select(0, torch.argsort(order))

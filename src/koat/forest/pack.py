@@ -1,0 +1,142 @@
+"""Pack sequences into rows of a forest, and rows into micro-batches.
+
+Sharing wants long rows, attention (whose cost is the square of the length) wants short ones. The sequences
+are sorted, a row is a run of neighbours, and a shortest-path search over the places to cut finds the runs
+that cost least.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from collections.abc import Sequence as ListLike
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from koat.core.sequence import Sequence
+from koat.forest.build import build_forest, measure_shared, sort_sequences
+
+
+@dataclass(frozen=True, slots=True)
+class RowCost:
+    """What a row of T tokens costs: `T + T * T * quadratic`, in units of one token through the layers."""
+
+    quadratic: float
+
+    def __call__(self, length: np.ndarray) -> np.ndarray:
+        return length + length * length * self.quadratic
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """R rows of L tokens, right-padded, and their P predictions.
+
+    `token_ids`, `position`, `subtree_end`: `[R, L]`; a padding token sees only itself. `source` indexes the
+    flattened `[R * L]` tokens; `owner` the sequences given to the packer. `rows` lists each row's sequences.
+    """
+
+    token_ids: Tensor
+    position: Tensor
+    subtree_end: Tensor
+    source: Tensor
+    target: Tensor
+    owner: Tensor
+    rows: tuple[tuple[int, ...], ...]
+    num_tokens: int
+    """Distinct tokens, without padding."""
+
+    def to(self, device: torch.device | str) -> MicroBatch:
+        """Return the same micro-batch on another device."""
+        tensors = (self.token_ids, self.position, self.subtree_end, self.source, self.target, self.owner)
+        return MicroBatch(*(tensor.to(device) for tensor in tensors), rows=self.rows, num_tokens=self.num_tokens)
+
+
+def plan_rows(sequences: ListLike[Sequence], cost: RowCost, max_length: int) -> list[list[int]]:
+    """Divide sequences into rows of least total cost; no row is longer than `max_length`.
+
+    A sequence longer than `max_length` gets a row of its own. Returns indices into `sequences`, each row in
+    lexicographic order. Exact among all divisions of the sorted sequences into runs.
+    """
+    order = sort_sequences(sequences)
+    lengths = np.array([len(sequences[index]) for index in order], dtype=np.int64)
+    shared = measure_shared(sequences, order)
+    fresh = np.concatenate([[0], np.cumsum(lengths - shared)])
+    best = np.zeros(len(order) + 1)
+    cut = np.zeros(len(order) + 1, dtype=np.int64)
+    first = 0
+    for end in range(1, len(order) + 1):
+        # A row of places first..end-1 holds the first whole, and of the others what is new.
+        row = lengths[first:end] + fresh[end] - fresh[first + 1 : end + 1]
+        while first < end - 1 and row[0] > max_length:
+            first, row = first + 1, row[1:]
+        total = best[first:end] + cost(row.astype(np.float64))
+        chosen = int(np.argmin(total))
+        best[end], cut[end] = total[chosen], first + chosen
+    rows, end = [], len(order)
+    while end > 0:
+        rows.append(order[cut[end] : end])
+        end = int(cut[end])
+    return rows[::-1]
+
+
+def plan_separate_rows(sequences: ListLike[Sequence]) -> list[list[int]]:
+    """Give each sequence a row of its own: nothing is shared."""
+    return [[index] for index in range(len(sequences))]
+
+
+def collate_rows(
+    sequences: ListLike[Sequence], rows: ListLike[ListLike[int]], length_multiple: int = 1
+) -> MicroBatch:
+    """Build one forest per row and lay the rows side by side, padded to a multiple of `length_multiple`."""
+    forests = [build_forest([sequences[index] for index in row], range(len(row))) for row in rows]
+    longest = max(len(forest) for forest in forests)
+    longest = -(-longest // length_multiple) * length_multiple
+    shape = (len(rows), longest)
+    token_ids, position = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+    subtree_end = np.tile(np.arange(1, longest + 1), (len(rows), 1))
+    for number, forest in enumerate(forests):
+        token_ids[number, : len(forest)] = forest.token_ids
+        position[number, : len(forest)] = forest.position
+        subtree_end[number, : len(forest)] = forest.subtree_end
+    source = [forest.source + number * longest for number, forest in enumerate(forests)]
+    owner = [np.array(row, np.int64)[forest.owner] for row, forest in zip(rows, forests, strict=True)]
+    return MicroBatch(
+        torch.from_numpy(token_ids),
+        torch.from_numpy(position),
+        torch.from_numpy(subtree_end),
+        torch.from_numpy(np.concatenate(source)),
+        torch.from_numpy(np.concatenate([forest.target for forest in forests])),
+        torch.from_numpy(np.concatenate(owner)),
+        tuple(tuple(row) for row in rows),
+        sum(len(forest) for forest in forests),
+    )
+
+
+def count_tokens(sequences: ListLike[Sequence], row: ListLike[int]) -> int:
+    """Return how many distinct tokens a row (in lexicographic order) holds."""
+    lengths = sum(len(sequences[index]) for index in row)
+    return lengths - int(measure_shared(sequences, row).sum())
+
+
+def batch_rows(
+    sequences: ListLike[Sequence], rows: ListLike[ListLike[int]], token_budget: int, length_multiple: int = 1
+) -> Iterator[MicroBatch]:
+    """Yield micro-batches of rows of similar length, at most `token_budget` tokens with padding.
+
+    Longest rows first, so that memory runs out at once or not at all. A row longer than the budget travels
+    alone.
+    """
+    sizes = [-(-count_tokens(sequences, row) // length_multiple) * length_multiple for row in rows]
+    pending: list[ListLike[int]] = []
+    for number in sorted(range(len(rows)), key=lambda n: (-sizes[n], n)):
+        longest = sizes[number] if not pending else max(longest, sizes[number])
+        if pending and longest * (len(pending) + 1) > token_budget:
+            yield collate_rows(sequences, pending, length_multiple)
+            pending, longest = [], sizes[number]
+        pending.append(rows[number])
+    if pending:
+        yield collate_rows(sequences, pending, length_multiple)
+
+
