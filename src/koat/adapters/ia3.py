@@ -1,0 +1,137 @@
+"""IA3 as its paper has it: vectors that rescale keys, values and the inner feed-forward activation.
+
+Liu et al. 2022, "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning",
+equations 1-3. The file format, the merging and the saving are PEFT's; the forward pass is koat's: it
+multiplies in the activation's own type instead of casting every activation to float32, and on a fused
+projection it can hold the queries' entries at one.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft.tuners.ia3 import IA3Config
+from peft.tuners.ia3.layer import Linear as PeftLinear
+from torch import Tensor, nn
+
+from koat.adapters.architectures import find_architecture, mark_queries
+from koat.adapters.targets import read_peft_default, resolve_roles
+
+if TYPE_CHECKING:
+    from koat.adapters.methods import Ia3Settings
+
+
+class Rescale(torch.autograd.Function):
+    """`activation * vector`, in the activation's type; the vector and its gradient stay float32."""
+
+    @staticmethod
+    def forward(ctx: Any, activation: Tensor, vector: Tensor) -> Tensor:
+        """`activation` is `[..., d]`, `vector` `[d]`."""
+        scale = vector.to(activation.dtype)
+        ctx.save_for_backward(activation if vector.requires_grad else None, scale)
+        ctx.vector_dtype = vector.dtype
+        return activation * scale
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Return the gradients of the activation and, summed in float32, of the vector."""
+        (gradient,) = gradients
+        activation, scale = ctx.saved_tensors
+        for_activation = gradient * scale if ctx.needs_input_grad[0] else None
+        for_vector = None
+        if ctx.needs_input_grad[1]:
+            products = (gradient * activation).flatten(0, -2)
+            for_vector = products.sum(0, dtype=torch.float32).to(ctx.vector_dtype)
+        return for_activation, for_vector
+
+
+class Ia3Linear(PeftLinear):
+    """PEFT's IA3 layer with koat's forward pass. `held` marks entries that stay one, or is None."""
+
+    held: Tensor | None
+    num_held: int
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Apply the layer to `x` `[..., in]` and rescale its input or its output."""
+        if self.disable_adapters or self.merged:
+            return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
+        names = [name for name in self.active_adapters if name in self.ia3_l]
+        for name in names if self.is_feedforward else ():
+            x = Rescale.apply(x, self.ia3_l[name].flatten())
+        result: Tensor = self.base_layer(x, *args, **kwargs)
+        for name in names if not self.is_feedforward else ():
+            result = Rescale.apply(result, self._take_vector(name))
+        return result
+
+    def _take_vector(self, name: str) -> Tensor:
+        """Return a vector `[d]`, its held entries detached."""
+        vector: Tensor = self.ia3_l[name].flatten()
+        return vector if self.held is None else torch.where(self.held, vector.detach(), vector)
+
+
+def make_ia3_config(settings: Ia3Settings, config: Any) -> IA3Config:
+    """Return PEFT's configuration for these settings on this model."""
+    targets, feedforward = resolve_ia3_targets(settings, config)
+    # Conv1D (GPT-2) keeps its weight transposed; PEFT needs to be told.
+    return IA3Config(
+        task_type="CAUSAL_LM",
+        target_modules=targets,
+        feedforward_modules=feedforward,
+        fan_in_fan_out=config.model_type == "gpt2",
+    )
+
+
+def resolve_ia3_targets(settings: Ia3Settings, config: Any) -> tuple[list[str], list[str]]:
+    """Return (linear layers rescaled, those of them whose input is rescaled)."""
+    if isinstance(settings.targets, list):
+        return settings.targets, settings.feedforward
+    if settings.targets == "peft":
+        return (
+            read_peft_default("TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING", config),
+            read_peft_default("TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING", config),
+        )
+    architecture = find_architecture(config)
+    inner = architecture.inner
+    if settings.targets == "paper":
+        return list(dict.fromkeys((architecture.key, architecture.value, inner))), [inner]
+    names = resolve_roles(settings.targets, config)
+    return list(dict.fromkeys((*names, inner))), [inner]
+
+
+def refine_ia3_layers(model: nn.Module, holds: bool) -> None:
+    """Give PEFT's IA3 layers koat's forward pass; on fused projections hold the queries if `holds`.
+
+    The class of each layer is changed in place: its parameters, names and files stay PEFT's.
+    """
+    config: Any = model.config
+    for name, module in model.named_modules():
+        if type(module) is not PeftLinear:
+            continue
+        module.__class__ = Ia3Linear
+        held, module.num_held = None, 0
+        if holds and not module.is_feedforward and _is_fused(name, config):
+            device = next(iter(module.ia3_l.values())).device
+            held = mark_queries(find_architecture(config), config)
+            module.num_held = int(held.sum())
+            held = held.to(device)
+        module.register_buffer("held", held, persistent=False)
+
+
+def _is_fused(name: str, config: Any) -> bool:
+    architecture = find_architecture(config)
+    return architecture.fused is not None and name.endswith(f".{architecture.key}")
+
+
+def count_held(model: nn.Module) -> int:
+    """Return how many entries of IA3 vectors are held at one and never trained."""
+    return sum(
+        module.num_held * sum(vector.requires_grad for vector in module.ia3_l.values())
+        for module in model.modules()
+        if isinstance(module, Ia3Linear)
+    )
+
+
+def holds_queries(model: nn.Module) -> bool:
+    """Whether an IA3 adapter keeps the query entries of fused projections at one."""
+    return any(isinstance(module, Ia3Linear) and module.held is not None for module in model.modules())

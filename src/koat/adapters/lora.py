@@ -1,0 +1,71 @@
+"""LoRA (Hu et al. 2021): targets, PEFT configuration, and a forward pass in the activation's own type.
+
+File format, merging and saving are PEFT's. PEFT casts every activation to the adapter's float32; koat casts
+the two small matrices to the activation's type instead. In float32 both are the same.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from peft.tuners.lora.layer import Linear as PeftLinear
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from koat.adapters.architectures import find_architecture
+from koat.adapters.targets import read_peft_default, resolve_roles
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+    from koat.adapters.methods import LoraSettings
+
+
+def resolve_lora_targets(settings: LoraSettings, config: Any) -> list[str]:
+    """Return the names of the linear layers that get an update."""
+    if isinstance(settings.targets, list):
+        return settings.targets
+    if settings.targets == "peft":
+        return read_peft_default("TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING", config)
+    if settings.targets == "paper":
+        architecture = find_architecture(config)
+        return list(dict.fromkeys((architecture.query, architecture.value)))
+    return resolve_roles(settings.targets, config)
+
+
+def make_lora_config(settings: LoraSettings, config: Any) -> LoraConfig:
+    """Return PEFT's configuration for these settings on this model."""
+    from peft import LoraConfig
+
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        target_modules=resolve_lora_targets(settings, config),
+        r=settings.r,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        use_rslora=settings.rslora,
+        fan_in_fan_out=config.model_type == "gpt2",
+    )
+
+
+class LoraLinear(PeftLinear):
+    """PEFT's LoRA layer; plain updates are computed in the type of `x`, variants (DoRA ...) are left to PEFT."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the base layer's output for `x` `[..., in]` plus `scaling * B A x` of every active adapter."""
+        if self.disable_adapters or self.merged or self.lora_variant or "adapter_names" in kwargs:
+            return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
+        result: Tensor = self.base_layer(x, *args, **kwargs)
+        for name in self.active_adapters:
+            if name in self.lora_A:
+                down, up = self.lora_A[name].weight, self.lora_B[name].weight
+                inner = F.linear(self.lora_dropout[name](x), down.to(x.dtype)) * self.scaling[name]
+                result = result + F.linear(inner, up.to(x.dtype))
+        return result
+
+
+def refine_lora_layers(model: nn.Module) -> None:
+    """Give PEFT's plain LoRA layers koat's forward pass; names, parameters and files stay PEFT's."""
+    for module in model.modules():
+        if type(module) is PeftLinear:
+            module.__class__ = LoraLinear

@@ -1,0 +1,179 @@
+"""The base model and its tokenizer: where they are, how they are loaded, and how they are told apart."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from koat.core.errors import ModelError, suggest
+from koat.core.settings import ModelSettings, TrainingSettings
+
+NANO = "nano"
+"""The name of the small base model that ships with koat."""
+FLEX_FAMILIES = {"gpt_neox", "llama", "mistral", "qwen2", "qwen3"}
+log = logging.getLogger(__name__)
+
+
+def locate_base(base: str) -> str:
+    """Return the folder or Hub id that `base` stands for. Raises ModelError for a folder that is not there."""
+    if base == NANO:
+        return str(Path(__file__).parent / "nano")
+    path = Path(base).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"{path} holds no config.json, so it is not a model folder.")
+        return str(path)
+    looks_local = base.startswith((".", "/", "~")) or base.count("/") > 1 or path.exists()
+    if looks_local:
+        parent = path.parent
+        near = suggest(path.name, [entry.name for entry in parent.iterdir()]) if parent.is_dir() else ""
+        raise ModelError(f"The base model folder {base} does not exist{near}.")
+    return base
+
+
+def pick_device(device: str) -> torch.device:
+    """Return the device for `auto`, `cpu`, `cuda`, `cuda:N`. Raises ModelError when it is not there."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        picked = torch.device(device)
+    except RuntimeError as error:
+        raise ModelError(f"model.device={device!r} is no device. Use auto, cpu, cuda or cuda:0.") from error
+    if picked.type == "cuda" and not torch.cuda.is_available():
+        raise ModelError(f"model.device={device} was asked for, but PyTorch sees no CUDA GPU here. Use cpu or auto.")
+    return picked
+
+
+def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """Return the type of the frozen weights: `auto` takes bfloat16 on CUDA, float32 elsewhere."""
+    if dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    found: torch.dtype = getattr(torch, dtype)
+    return found
+
+
+def settle_dtype(model: ModelSettings, training: TrainingSettings) -> ModelSettings:
+    """Load frozen weights in the precision that is trained in, unless their type is set."""
+    if model.dtype == "auto" and training.precision != "auto":
+        return model.model_copy(update={"dtype": training.precision})
+    return model
+
+
+def load_config(settings: ModelSettings) -> Any:
+    """Load a model's configuration alone. Raises ModelError when it cannot be had."""
+    from transformers import AutoConfig
+
+    where = locate_base(settings.base)
+    try:
+        return AutoConfig.from_pretrained(
+            where, revision=settings.revision, trust_remote_code=settings.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(_explain(settings, "configuration", error)) from error
+
+
+def load_tokenizer(settings: ModelSettings) -> Any:
+    """Load the tokenizer that comes with a base model; a missing padding token is no matter."""
+    from transformers import AutoTokenizer
+
+    where = locate_base(settings.base)
+    if Path(where).is_dir() and not any(
+        (Path(where) / name).is_file()
+        for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+    ):
+        raise ModelError(
+            f"{where} has no tokenizer (tokenizer.json or tokenizer_config.json). Copy the base model's tokenizer "
+            "files into the folder, or name the Hub id."
+        )
+    try:
+        return AutoTokenizer.from_pretrained(
+            where, revision=settings.revision, trust_remote_code=settings.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(_explain(settings, "tokenizer", error)) from error
+
+
+def load_model(settings: ModelSettings) -> Any:
+    """Load a causal model: safetensors only, frozen, in evaluation mode, on its device.
+
+    Raises ModelError when the weights are absent, pickled or broken.
+    """
+    from transformers import AutoModelForCausalLM
+
+    where, device = locate_base(settings.base), pick_device(settings.device)
+    config = load_config(settings)
+    attention = pick_attention(settings.attention, config, device)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            where,
+            revision=settings.revision,
+            config=config,
+            dtype=pick_dtype(settings.dtype, device),
+            attn_implementation=attention,
+            use_safetensors=True,
+            trust_remote_code=settings.trust_remote_code,
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(_explain(settings, "weights", error)) from error
+    return model.requires_grad_(False).eval().to(device)
+
+
+def pick_attention(attention: str, config: Any, device: torch.device) -> str | None:
+    """Return the attention implementation for transformers, None for the family's own default."""
+    if attention == "auto":
+        return "flex_attention" if device.type == "cuda" and config.model_type in FLEX_FAMILIES else None
+    return {"flex": "flex_attention"}.get(attention, attention)
+
+
+def build_empty(config: Any) -> Any:
+    """Build a model without weights (meta device), to count and to measure."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def count_parameters(model: torch.nn.Module) -> int:
+    """Return the number of a model's parameters, shared ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def find_context_length(config: Any) -> int | None:
+    """Return the longest sequence a model was made for, where its configuration says."""
+    for name in ("max_position_embeddings", "n_positions", "max_sequence_length"):
+        if getattr(config, name, None):
+            return int(getattr(config, name))
+    return None
+
+
+def fingerprint_base(settings: ModelSettings, config: Any) -> str:
+    """Return a short hash that tells base models apart: configuration, weight files' headers and ends."""
+    digest = hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True, default=str).encode())
+    where = Path(locate_base(settings.base))
+    for path in sorted(where.glob("*.safetensors")) if where.is_dir() else []:
+        with path.open("rb") as file:
+            digest.update(f"{path.name}:{path.stat().st_size}".encode())
+            digest.update(file.read(1 << 20))
+            file.seek(-min(1 << 20, path.stat().st_size), os.SEEK_END)
+            digest.update(file.read())
+    if not where.is_dir():
+        digest.update(str(getattr(config, "_commit_hash", None) or settings.revision).encode())
+    return digest.hexdigest()[:16]
+
+
+def _explain(settings: ModelSettings, what: str, error: Exception) -> str:
+    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    text = f"The {what} of the base model {settings.base!r} could not be loaded: {first}"
+    if "safetensors" in first:
+        text += " koat opens no pickled weights (.bin): convert them once with transformers' save_pretrained."
+    elif "trust_remote_code" in str(error) or "custom code" in str(error):
+        text += " This model brings Python code of its own; to run it, set model.trust_remote_code=true."
+    elif not Path(settings.base).exists() and settings.base != NANO:
+        text += " If it is meant to be a local folder, check the path; if a Hub id, check name, login and network."
+    return text
