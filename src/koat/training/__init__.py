@@ -1,0 +1,1 @@
+"""The loop, its sampler, its checkpoints."""

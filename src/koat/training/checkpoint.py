@@ -1,0 +1,98 @@
+"""Checkpoints from which training goes on exactly: tensors (safetensors) and JSON, never pickles."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from koat.adapters.attach import read_adapter_state, write_adapter_state
+from koat.core.errors import RunFolderError
+from koat.core.run_folder import atomic_folder
+
+
+@dataclass
+class TrainingState:
+    """Where a run stands, apart from its tensors."""
+
+    step: int = 0
+    tokens: int = 0
+    unique_tokens: int = 0
+    seconds: float = 0.0
+    best_loss: float | None = None
+    best_step: int | None = None
+    best: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    """The adapter with the lowest validation loss so far."""
+
+
+def save_checkpoint(
+    folder: Path, model: PeftModel, optimizer: torch.optim.Optimizer, state: TrainingState, keep: int
+) -> Path:
+    """Write a checkpoint whole or not at all, then remove all but the newest `keep`."""
+    path = folder / f"step-{state.step:06d}"
+    facts = {key: value for key, value in asdict(state).items() if key != "best"}
+    with atomic_folder(path) as draft:
+        save_file(read_adapter_state(model), draft / "adapter.safetensors")
+        save_file(flatten_optimizer(optimizer), draft / "optimizer.safetensors")
+        save_file(read_random_state(), draft / "random.safetensors")
+        if state.best:
+            save_file(state.best, draft / "best.safetensors")
+        (draft / "done.json").write_text(json.dumps(facts), encoding="utf-8")
+    for old in sorted(folder.glob("step-*"))[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return path
+
+
+def load_checkpoint(path: Path, model: PeftModel, optimizer: torch.optim.Optimizer) -> TrainingState:
+    """Put model, optimizer and random generators back and return where the run stood."""
+    try:
+        facts = json.loads((path / "done.json").read_text(encoding="utf-8"))
+        write_adapter_state(model, load_file(path / "adapter.safetensors"))
+        restore_optimizer(optimizer, load_file(path / "optimizer.safetensors"))
+        write_random_state(load_file(path / "random.safetensors"))
+        best = load_file(path / "best.safetensors") if (path / "best.safetensors").is_file() else {}
+    except (OSError, ValueError) as error:
+        raise RunFolderError(f"The checkpoint {path} cannot be read ({error}). Remove it to use the one before.") from error
+    return TrainingState(**facts, best=best)
+
+
+def flatten_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return an optimizer's tensors under `<parameter number>.<name>`."""
+    state = optimizer.state_dict()["state"]
+    return {
+        f"{number}.{name}": value.detach().cpu().contiguous()
+        for number, entries in state.items()
+        for name, value in entries.items()
+    }
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Put tensors from `flatten_optimizer` back."""
+    state: dict[int, dict[str, Any]] = {}
+    for key, value in tensors.items():
+        number, _, name = key.partition(".")
+        state.setdefault(int(number), {})[name] = value
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+
+
+def read_random_state() -> dict[str, Tensor]:
+    """Return the states of PyTorch's random generators."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states |= {f"cuda.{number}": state for number, state in enumerate(torch.cuda.get_rng_state_all())}
+    return states
+
+
+def write_random_state(states: dict[str, Tensor]) -> None:
+    """Put the states of PyTorch's random generators back."""
+    torch.set_rng_state(states["cpu"])
+    for name, state in states.items():
+        if name.startswith("cuda."):
+            torch.cuda.set_rng_state(state, int(name.removeprefix("cuda.")))

@@ -1,0 +1,225 @@
+"""The training loop. A step: take examples, cut them into forests, backward each, clip, step, record."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from collections.abc import Sequence as ListLike
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from peft import PeftModel
+from torch import Tensor, nn
+
+from koat.adapters.attach import read_adapter_state, write_adapter_state
+from koat.core.sequence import Sequence
+from koat.core.settings import TrainingSettings
+from koat.forest.score import Layout, cut_sequences, token_logprobs
+from koat.training.checkpoint import TrainingState, load_checkpoint, save_checkpoint
+from koat.training.guard import LossGuard
+from koat.training.noise import add_noise
+from koat.training.sampler import StepPlan, plan_steps
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """What one optimizer step did: a line of `metrics.jsonl`."""
+
+    step: int
+    num_steps: int
+    epoch: float
+    loss: float
+    learning_rate: float
+    gradient_norm: float
+    tokens: int
+    """Tokens of the step's sequences as they are, before sharing."""
+    unique_tokens: int
+    """Tokens that went through the model."""
+    seconds: float
+    remark: str | None = None
+    validation_loss: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingResult:
+    """How a run ended; the model holds the adapter that was kept."""
+
+    state: TrainingState
+    last_loss: float | None
+    kept_step: int
+
+
+Validate = Callable[[nn.Module], float]
+OnStep = Callable[[StepRecord], None]
+
+
+def schedule_rate(settings: TrainingSettings, step: int, num_steps: int) -> float:
+    """Return the learning rate of a step (counted from 0): linear warm-up, then the chosen shape to zero."""
+    warmup = round(settings.warmup * num_steps)
+    if step < warmup:
+        return settings.learning_rate * (step + 1) / (warmup + 1)
+    progress = (step - warmup) / max(1, num_steps - warmup)
+    shapes = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}
+    return settings.learning_rate * shapes[settings.schedule]
+
+
+def accumulate_gradients(
+    model: nn.Module,
+    sequences: ListLike[Sequence],
+    layout: Layout,
+    settings: TrainingSettings,
+    accelerator: Accelerator,
+) -> tuple[float, int]:
+    """Backward one step's examples; return (mean loss per supervised token, tokens through the model).
+
+    The loss is divided once by the supervised tokens of the whole step, over all micro-batches and processes,
+    so it does not depend on how the forest was cut.
+    """
+    total = sum(sequence.num_supervised for sequence in sequences)
+    mine = share_examples(sequences, accelerator)
+    loss_sum, num_tokens = torch.zeros((), dtype=torch.float64), 0
+    lengths = [len(sequence) for sequence in mine]
+    for batch in cut_sequences(mine, layout, settings.tokens_per_microbatch, settings.max_row_length):
+        batch = batch.to(accelerator.device)
+        with accelerator.autocast(), add_noise(model, settings.noise, batch, lengths):
+            loss = -token_logprobs(model, batch, layout).sum() / total
+        loss.backward()  # type: ignore[no-untyped-call]
+        loss_sum += loss.detach().double().cpu()
+        num_tokens += batch.num_tokens
+    if accelerator.num_processes > 1:
+        loss_sum = sum_over_processes(model, loss_sum, accelerator)
+    return float(loss_sum), num_tokens
+
+
+def share_examples(sequences: ListLike[Sequence], accelerator: Accelerator) -> ListLike[Sequence]:
+    """Return this process' part of a step: a run of neighbours, so that shared prefixes stay together."""
+    count, rank = accelerator.num_processes, accelerator.process_index
+    return sequences[len(sequences) * rank // count : len(sequences) * (rank + 1) // count]
+
+
+def sum_over_processes(model: nn.Module, loss_sum: Tensor, accelerator: Accelerator) -> Tensor:
+    """Sum adapter gradients and losses over processes in one flat all-reduce."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    flat = torch.cat([*(g.float().flatten() for g in gradients), loss_sum.float().view(1).to(accelerator.device)])
+    flat = accelerator.reduce(flat, reduction="sum")  # type: ignore[assignment]
+    offset = 0
+    for parameter in parameters:
+        parameter.grad = flat[offset : offset + parameter.numel()].view_as(parameter).to(parameter.dtype)
+        offset += parameter.numel()
+    return flat[-1].double().cpu()
+
+
+def train(
+    model: PeftModel,
+    sequences: ListLike[Sequence],
+    layout: Layout,
+    settings: TrainingSettings,
+    *,
+    accelerator: Accelerator,
+    checkpoints: Path | None = None,
+    resume_from: Path | None = None,
+    validate: Validate | None = None,
+    on_step: OnStep = lambda record: None,
+) -> TrainingResult:
+    """Train a model's adapter on `sequences` and leave the adapter that is to be kept in the model.
+
+    With `checkpoints` the state is saved there as the settings say; with `resume_from` training goes on from
+    a checkpoint as if it had never stopped. Raises TrainingError when the loss is no longer a number.
+    """
+    plan = plan_steps(
+        sequences, settings.sampler, settings.batch_size, settings.epochs, settings.max_steps, settings.seed
+    )
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        parameters, lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay
+    )
+    torch.manual_seed(settings.seed)
+    state = load_checkpoint(resume_from, model, optimizer) if resume_from else TrainingState()
+    guard, fence, steps = LossGuard(), Fence(plan, settings, checkpoints, validate, accelerator), list[list[int]]()
+    model.train()
+    last_loss = None
+    while state.step < plan.num_steps:
+        began = time.monotonic()
+        epoch, place = divmod(state.step, plan.steps_per_epoch)
+        if not steps or place == 0:
+            steps = plan.order_epoch(epoch)
+
+        examples = [sequences[index] for index in steps[place]]
+        rate = schedule_rate(settings, state.step, plan.num_steps)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        loss, unique_tokens = accumulate_gradients(model, examples, layout, settings, accelerator)
+        norm = clip_gradients(parameters, settings.max_grad_norm)
+        remark = guard.judge(state.step + 1, loss, norm, starts_epoch=epoch > 0 and place == 0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        num_tokens = sum(len(sequence) for sequence in examples)
+        state.step, last_loss = state.step + 1, loss
+        state.tokens, state.unique_tokens = state.tokens + num_tokens, state.unique_tokens + unique_tokens
+        state.seconds += time.monotonic() - began
+        validation_loss = fence.pass_step(model, optimizer, state)
+        on_step(
+            StepRecord(
+                state.step, plan.num_steps, state.step / plan.steps_per_epoch, loss, rate, norm, num_tokens,
+                unique_tokens, time.monotonic() - began, remark, validation_loss,
+            )
+        )  # fmt: skip
+    return TrainingResult(state, last_loss, keep_adapter(model, state, settings.keep))
+
+
+def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> float:
+    """Clip gradients to `max_norm` (0: leave them) and return their norm before."""
+    return float(torch.nn.utils.clip_grad_norm_(parameters, max_norm if max_norm > 0 else math.inf))
+
+
+def keep_adapter(model: PeftModel, state: TrainingState, keep: str) -> int:
+    """Leave the best adapter in the model, if that is wanted and known; return the step it comes from."""
+    if keep == "best" and state.best and state.best_step is not None:
+        write_adapter_state(model, state.best)
+        return state.best_step
+    return state.step
+
+
+@dataclass(slots=True)
+class Fence:
+    """Validation and checkpoints, kept off the loop."""
+
+    plan: StepPlan
+    settings: TrainingSettings
+    checkpoints: Path | None
+    validate: Validate | None
+    accelerator: Accelerator
+
+    def pass_step(self, model: PeftModel, optimizer: torch.optim.Optimizer, state: TrainingState) -> float | None:
+        """Validate and save where the settings say so; return the validation loss if there was one."""
+        every = self.settings.validate_every or max(1, self.plan.num_steps // 10)
+        last = state.step == self.plan.num_steps
+        loss = None
+        if self.validate is not None and (last or state.step % every == 0):
+            model.eval()
+            loss = self.validate(model)
+            model.train()
+            if state.best_loss is None or loss < state.best_loss:
+                state.best_loss, state.best_step = loss, state.step
+                state.best = {name: tensor.clone() for name, tensor in read_adapter_state(model).items()}
+        due = last or state.step % (self.settings.save_every or every) == 0
+        if self.checkpoints is not None and due and self.accelerator.is_main_process:
+            save_checkpoint(self.checkpoints, model, optimizer, state, self.settings.keep_checkpoints)
+        return loss
+
+
+@torch.no_grad()
+def measure_loss(
+    model: nn.Module, sequences: ListLike[Sequence], layout: Layout, token_budget: int, accelerator: Accelerator
+) -> float:
+    """Return the mean loss per supervised token of `sequences`, without touching any random state."""
+    total = 0.0
+    for batch in cut_sequences(sequences, layout, token_budget):
+        with accelerator.autocast():
+            total -= float(token_logprobs(model, batch.to(accelerator.device), layout).sum())
+    return total / max(1, sum(sequence.num_supervised for sequence in sequences))
