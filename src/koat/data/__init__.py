@@ -1,0 +1,1 @@
+"""Rows in, token sequences out: readers, prompts, encoding, inspection."""
