@@ -1,0 +1,1 @@
+"""Tasks, scorers, metrics and intervals."""

@@ -1,0 +1,52 @@
+"""Metrics with their intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from math import sqrt
+from statistics import NormalDist
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """A metric's value and its 95 % interval, as shares between 0 and 1.
+
+    `meaningful` is false where the way of scoring does not fit the tokenizer in use.
+    """
+
+    name: str
+    value: float
+    low: float
+    high: float
+    num_items: int
+    meaningful: bool = True
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Return a JSON-safe mapping."""
+        return asdict(self)
+
+
+def wilson_interval(num_right: int, num_items: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Return Wilson's score interval for a share: `num_right` out of `num_items`.
+
+    Source: Wilson (1927), Probable inference, the law of succession, and statistical inference.
+    """
+    if not 0 <= num_right <= num_items or num_items == 0:
+        raise ValueError(f"{num_right} of {num_items} is no share")
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    share, shrink = num_right / num_items, 1 + z * z / num_items
+    centre = (share + z * z / (2 * num_items)) / shrink
+    half = z / shrink * sqrt(share * (1 - share) / num_items + z * z / (4 * num_items * num_items))
+    # At the ends the formula gives 0 and 1 exactly; rounding must not push past them.
+    low = 0.0 if num_right == 0 else max(0.0, centre - half)
+    high = 1.0 if num_right == num_items else min(1.0, centre + half)
+    return low, high
+
+
+def score_accuracy(right: Sequence[bool], *, meaningful: bool = True) -> Score:
+    """Return the share of items that were answered right, with Wilson's 95 % interval."""
+    num_right = sum(right)
+    low, high = wilson_interval(num_right, len(right))
+    return Score("accuracy", num_right / len(right), low, high, len(right), meaningful)

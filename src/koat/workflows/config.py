@@ -1,0 +1,81 @@
+"""The whole configuration of a run, put together from each room's settings and from every source."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from koat.adapters.methods import METHODS, AdapterSettings, Ia3Settings, default_values
+from koat.core.config import Layer, Resolved, Section, read_config_file, resolve
+from koat.core.errors import ConfigError, suggest
+from koat.core.settings import DataSettings, ModelSettings, TrainingSettings
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+
+
+class RunConfig(Section):
+    """Everything a fine-tuning run depends on."""
+
+    model: ModelSettings = Field(description="The base model.")
+    data: DataSettings = Field(description="Training and validation data.")
+    adapter: AdapterSettings = Field(default_factory=Ia3Settings, description="The method and its settings.")
+    training: TrainingSettings = Field(default_factory=TrainingSettings, description="The training loop.")
+
+
+class PlanConfig(Section):
+    """What planning needs: no data."""
+
+    model: ModelSettings = Field(description="The base model.")
+    adapter: AdapterSettings = Field(default_factory=Ia3Settings, description="The method and its settings.")
+    training: TrainingSettings = Field(default_factory=TrainingSettings, description="The training loop.")
+
+
+def list_recipes() -> list[str]:
+    """Return the names of the recipes that ship."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def read_recipe(name: str) -> dict[str, Any]:
+    """Return a recipe's settings. Raises ConfigError with the nearest name."""
+    path = RECIPES / f"{name}.yaml"
+    if not path.is_file():
+        known = list_recipes()
+        raise ConfigError(f"There is no recipe {name!r}{suggest(name, known)}. Recipes: {', '.join(known)}.")
+    return read_config_file(path)
+
+
+def merge_values(layers: list[Layer], path: tuple[str, ...]) -> Any:
+    """Return the value at a dotted path in the last layer that sets it, or None."""
+    found = None
+    for layer in layers:
+        value: Any = layer.values
+        for key in path:
+            value = value.get(key) if isinstance(value, Mapping) else None
+        found = found if value is None else value
+    return found
+
+
+def resolve_run(
+    schema: type[Any],
+    *,
+    recipe: str | None = None,
+    file: Path | None = None,
+    flags: Mapping[str, Any] | None = None,
+) -> Resolved[Any]:
+    """Resolve a configuration from method defaults, recipe, file and flags, later over earlier.
+
+    Raises ConfigError with all problems at once.
+    """
+    layers = [Layer("recipe", read_recipe(recipe))] if recipe else []
+    layers += [Layer("file", read_config_file(file))] if file else []
+    layers += [Layer("flag", flags or {})]
+    method = merge_values(layers, ("adapter", "method")) or "ia3"
+    brought: dict[str, Any] = {"adapter": {"method": method}}
+    if method in METHODS:
+        brought |= default_values(method, merge_values(layers, ("adapter", "targets")))
+    if schema is PlanConfig:
+        layers = [Layer(layer.origin, {k: v for k, v in layer.values.items() if k != "data"}) for layer in layers]
+    return resolve(schema, [Layer("method", brought), *layers])

@@ -1,0 +1,99 @@
+"""From data settings to token sequences: read, divide, render, encode."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence as ListLike
+from dataclasses import dataclass
+from typing import Any
+
+from koat.core.errors import DataError
+from koat.core.sequence import Sequence
+from koat.core.settings import DataSettings
+from koat.data.encode import EncodeReport, encode_records
+from koat.data.prompts import PromptTemplate, resolve_template
+from koat.data.readers import read_records
+from koat.data.records import Record
+from koat.data.splits import split_by_title
+
+
+@dataclass(frozen=True, slots=True)
+class Examples:
+    """Training and validation sequences, the templates that made them, and what was counted on the way."""
+
+    train: list[Sequence]
+    validation: list[Sequence]
+    templates: list[PromptTemplate]
+    reports: dict[str, EncodeReport]
+
+
+def load_examples(settings: DataSettings, tokenizer: Any, context_length: int | None, seed: int) -> Examples:
+    """Read and encode all that `settings` names. Raises DataError when nothing is left to train on."""
+    templates = resolve_template(settings.template)
+    train, validation = divide_records(settings, seed)
+    limits = [length for length in (settings.max_length, context_length) if length]
+    encoded = {
+        part: encode_records(
+            records,
+            templates,
+            tokenizer,
+            loss_on=settings.loss_on,
+            max_length=min(limits, default=None),
+            overflow=settings.overflow,
+        )
+        for part, records in (("train", train), ("validation", validation))
+        if records
+    }
+    if "train" not in encoded or not encoded["train"].sequences:
+        raise DataError(f"No training example is left of {', '.join(settings.train)}. See `koat data inspect`.")
+    held_out = encoded["validation"].sequences if "validation" in encoded else []
+    reports = {part: found.report for part, found in encoded.items()}
+    return Examples(encoded["train"].sequences, held_out, templates, reports)
+
+
+def divide_records(settings: DataSettings, seed: int) -> tuple[list[Record], list[Record]]:
+    """Return (training, validation) records as the settings divide them."""
+    everything = read_all(settings, settings.train)
+    if settings.splits is not None:
+        train = split_by_title(everything, settings.splits, "train")
+        validation = split_by_title(everything, settings.splits, "validation")
+    elif settings.validation:
+        train, validation = everything, read_all(settings, settings.validation)
+    else:
+        train, validation = hold_out(everything, settings.validation_fraction, seed)
+    rng = random.Random(seed)
+    return draw(train, settings.limit, rng), draw(validation, settings.validation_limit, rng)
+
+
+def read_all(settings: DataSettings, paths: list[str]) -> list[Record]:
+    """Read the records of several files, folders or Hub ids."""
+    return [
+        record
+        for path in paths
+        for record in read_records(
+            path,
+            format=settings.format,
+            columns=settings.columns,
+            values=settings.values,
+            clean=settings.clean,
+            on_bad_row=settings.on_bad_row,
+        ).records
+    ]
+
+
+def hold_out(records: list[Record], fraction: float, seed: int) -> tuple[list[Record], list[Record]]:
+    """Hold a share of the groups out: records of one article never stand on both sides."""
+    if fraction == 0:
+        return records, []
+    names = list(dict.fromkeys(record.group or record.source for record in records))
+    random.Random(seed).shuffle(names)
+    held = set(names[: max(1, round(len(names) * fraction))])
+    train = [record for record in records if (record.group or record.source) not in held]
+    return train, [record for record in records if (record.group or record.source) in held]
+
+
+def draw(records: ListLike[Record], limit: int | None, rng: random.Random) -> list[Record]:
+    """Return at most `limit` records, drawn at random, in their own order."""
+    if limit is None or limit >= len(records):
+        return list(records)
+    return [records[index] for index in sorted(rng.sample(range(len(records)), limit))]

@@ -1,0 +1,233 @@
+"""Fine-tune: examples, base model, adapter, verification, training, run folder."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from peft import PeftModel
+from torch import nn
+
+from koat.adapters.attach import attach_adapter, count_trainable, save_adapter
+from koat.core.config import Resolved, to_mapping
+from koat.core.errors import ConfigError, RunFolderError
+from koat.core.run_folder import RunFolder, append_line, atomic_folder, truncate_lines, write_json
+from koat.core.settings import ModelSettings, TrainingSettings
+from koat.data.prompts import PromptTemplate
+from koat.forest.score import Layout
+from koat.forest.verify import Verification, make_padded, verify_layout
+from koat.model import (
+    count_parameters,
+    find_context_length,
+    fingerprint_base,
+    load_config,
+    load_model,
+    load_tokenizer,
+    pick_device,
+    settle_dtype,
+)
+from koat.training.loop import StepRecord, TrainingResult, measure_loss, train
+from koat.workflows.config import RunConfig
+from koat.workflows.examples import Examples, load_examples
+from koat.workflows.manifest import describe_hardware, describe_versions, fingerprint_data
+from koat.workflows.measure import Cost
+
+Say = Callable[[str], None]
+
+
+def finetune_run(
+    resolved: Resolved[RunConfig],
+    out: Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    say: Say = lambda text: None,
+    on_step: Callable[[StepRecord], None] = lambda record: None,
+) -> RunFolder:
+    """Fine-tune as `resolved` says and leave everything in the run folder `out`.
+
+    Files and settings are checked before any weight is read. With `resume` the run in `out` goes on from its
+    latest checkpoint, bit for bit as if it had not stopped. Raises KoatError for what a user can mend.
+    """
+    config: RunConfig = resolved.settings
+    run = open_run(config, out, resume, overwrite)
+    tokenizer, base_config = load_tokenizer(config.model), load_config(config.model)
+    examples = load_examples(config.data, tokenizer, find_context_length(base_config), config.training.seed)
+    for part, report in examples.reports.items():
+        for line in report.lines():
+            say(f"{part}: {line}")
+
+    model_settings = settle_dtype(config.model, config.training)
+    accelerator = make_accelerator(model_settings, config.training)
+    base = load_model(model_settings)
+    model = attach_adapter(base, config.adapter, config.training.seed)
+    layout, verification = choose_layout(model, config.model)
+    say(describe_layout(verification))
+    say(
+        f"{config.adapter.method}: {count_trainable(model):,} of {count_parameters(base):,} parameters are trained "
+        f"({count_trainable(model) / count_parameters(base):.3%})"
+    )
+    if config.training.activation_checkpointing:
+        enable_checkpointing(model)
+    began = time.time()
+    manifest = describe_run(config, model, base_config, verification, examples)
+    run.write_manifest(manifest)
+
+    with Cost(accelerator.device) as cost:
+        result = train_in_folder(run, model, examples, layout, config.training, accelerator, resume, on_step)
+    if accelerator.is_main_process:
+        save_result(run, model, tokenizer, examples.templates[0])
+        run.write_manifest({**manifest, **describe_result(result, cost), "started": began, "finished": True})
+    return run
+
+
+def open_run(config: RunConfig, out: Path, resume: bool, overwrite: bool) -> RunFolder:
+    """Make the run folder, or open it to go on, refusing to go on under other settings."""
+    if not resume:
+        run = RunFolder.create(out, overwrite=overwrite)
+        run.write_config(to_mapping(config))
+        return run
+    run = RunFolder.open(out, require=("config.yaml",))
+    if run.is_complete():
+        raise RunFolderError(f"The run in {out} is finished; there is nothing to resume.")
+    stored, wanted = run.read_config(), to_mapping(config)
+    differing = sorted(
+        f"{section}.{key}"
+        for section in wanted
+        for key in {*stored.get(section, {}), *wanted[section]}
+        if stored.get(section, {}).get(key) != wanted[section].get(key)
+    )
+    if differing:
+        raise ConfigError(
+            f"The run in {out} was started with other settings: {', '.join(differing)}. "
+            f"To go on with it, give `--resume {out}` alone; for new settings choose another `out`."
+        )
+    return run
+
+
+def make_accelerator(model: ModelSettings, training: TrainingSettings) -> Accelerator:
+    """Return the Accelerator; autocast only where float32 weights are trained in bfloat16."""
+    mixed = "bf16" if model.dtype == "float32" and training.precision == "bfloat16" else "no"
+    return Accelerator(cpu=pick_device(model.device).type == "cpu", mixed_precision=mixed)
+
+
+def choose_layout(model: nn.Module, settings: ModelSettings) -> tuple[Layout, Verification]:
+    """Verify the model and return the layout to use; `padded` is taken at its word."""
+    layout, verification = verify_layout(model)
+    if settings.layout == "padded" and layout.shares:
+        from dataclasses import replace
+
+        padded = make_padded(model.config, verification.split_head)
+        return padded, replace(verification, shares=False, reason="model.layout=padded")
+    if settings.layout == "forest" and not layout.shares:
+        raise ConfigError(
+            f"model.layout=forest was asked for, but prefixes cannot be shared exactly here: {verification.reason}. "
+            "Use model.layout=auto."
+        )
+    return layout, verification
+
+
+def describe_layout(verification: Verification) -> str:
+    """Say in a sentence how sequences go through the model."""
+    if verification.shares:
+        return (
+            f"forest verified: log-probabilities differ from single sequences by {verification.difference:.1g} "
+            f"(padding alone: {verification.noise:.1g}); every shared prefix is computed once"
+        )
+    return f"prefixes are not shared ({verification.reason}); running padded batches of similar length"
+
+
+def enable_checkpointing(model: PeftModel) -> None:
+    """Recompute each layer in the backward pass."""
+    model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+
+
+def describe_run(
+    config: RunConfig, model: PeftModel, base_config: Any, verification: Verification, examples: Examples
+) -> dict[str, Any]:
+    """Return the manifest of a run that begins."""
+    return {
+        "finished": False,
+        "method": config.adapter.method,
+        "trainable_parameters": count_trainable(model),
+        "total_parameters": count_parameters(model.get_base_model()) - sum(
+            p.numel() for p in model.parameters() if p.requires_grad
+        ),
+        "base": {"name": config.model.base, "fingerprint": fingerprint_base(config.model, base_config)},
+        "seed": config.training.seed,
+        "templates": [template.to_mapping() for template in examples.templates],
+        "examples": {"train": len(examples.train), "validation": len(examples.validation)},
+        "data": fingerprint_data([*config.data.train, *config.data.validation]),
+        "forest": verification.to_mapping(),
+        "versions": describe_versions(),
+        "hardware": describe_hardware(next(model.parameters()).device),
+    }  # fmt: skip
+
+
+def train_in_folder(
+    run: RunFolder,
+    model: PeftModel,
+    examples: Examples,
+    layout: Layout,
+    settings: TrainingSettings,
+    accelerator: Accelerator,
+    resume: bool,
+    on_step: Callable[[StepRecord], None],
+) -> TrainingResult:
+    """Train with metrics and checkpoints in the run folder."""
+    latest = run.latest_checkpoint() if resume else None
+    kept = int(latest.name.removeprefix("step-")) if latest else 0
+    if resume:
+        truncate_lines(run.metrics, lambda line: int(line["step"]) <= kept)
+
+    def record_step(record: StepRecord) -> None:
+        if accelerator.is_main_process:
+            append_line(run.metrics, {key: value for key, value in asdict(record).items() if value is not None})
+            on_step(record)
+
+    def validate(model: nn.Module) -> float:
+        return measure_loss(model, examples.validation, layout, settings.tokens_per_microbatch, accelerator)
+
+    return train(
+        model,
+        examples.train,
+        layout,
+        settings,
+        accelerator=accelerator,
+        checkpoints=run.checkpoints,
+        resume_from=latest,
+        validate=validate if examples.validation else None,
+        on_step=record_step,
+    )
+
+
+def save_result(run: RunFolder, model: PeftModel, tokenizer: Any, template: PromptTemplate) -> None:
+    """Write the adapter with its tokenizer and prompt template beside it, whole or not at all."""
+    with atomic_folder(run.adapter) as draft:
+        save_adapter(model, draft)
+        tokenizer.save_pretrained(str(draft))
+        write_json(draft / "prompt_template.json", template.to_mapping())
+
+
+def describe_result(result: TrainingResult, cost: Cost) -> dict[str, Any]:
+    """Return what a finished run adds to its manifest."""
+    state = result.state
+    return {
+        "result": {
+            "steps": state.step,
+            "kept_step": result.kept_step,
+            "last_training_loss": result.last_loss,
+            "best_validation_loss": state.best_loss,
+            "tokens": state.tokens,
+            "unique_tokens": state.unique_tokens,
+            "training_seconds": round(state.seconds, 3),
+            "wall_seconds": round(cost.seconds, 3),
+            "peak_bytes": cost.peak_bytes,
+        }
+    }
+
+

@@ -1,0 +1,133 @@
+"""What the command line calls: a workflow with its progress and its printing."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+from koat.core.config import Layer, Resolved, resolve
+from koat.core.settings import DataSettings, ModelSettings
+from koat.report.progress import ProgressLine, format_seconds
+from koat.report.tables import format_bytes, make_table, print_table
+
+
+def quiet_libraries() -> None:
+    """Silence what libraries print that a user can do nothing about."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+class TrainingDisplay:
+    """Shows training steps on a progress line and says remarks aloud."""
+
+    def __init__(self, title: str = "training") -> None:
+        self._line = ProgressLine(title)
+        self._tokens = 0
+        self._seconds = 0.0
+        self._loss: float | None = None
+
+    def show(self, record: Any) -> None:
+        """Show one step: smoothed loss, original tokens per second, time left."""
+        self._tokens += record.tokens
+        self._seconds += record.seconds
+        self._loss = record.loss if self._loss is None else 0.9 * self._loss + 0.1 * record.loss
+        rate = self._tokens / max(self._seconds, 1e-9)
+        if record.remark:
+            self._line.say(f"! {record.remark}")
+        if record.validation_loss is not None:
+            self._line.say(f"step {record.step}: validation loss {record.validation_loss:.4f}")
+        self._line.update(record.step, record.num_steps, f"loss {self._loss:.3f} · {rate:,.0f} tokens/s")
+
+
+def run_finetune(resolved: Resolved[Any], out: Path, *, resume: bool, overwrite: bool) -> None:
+    """Fine-tune with progress, then say where everything is and what to type next."""
+    quiet_libraries()
+    from koat.workflows.finetune import finetune_run
+
+    run = finetune_run(
+        resolved, out, resume=resume, overwrite=overwrite, say=print, on_step=TrainingDisplay().show
+    )
+    result = run.read_manifest()["result"]
+    saved = result["tokens"] / max(1, result["unique_tokens"])
+    print(
+        f"done in {format_seconds(result['training_seconds'])}: {result['tokens']:,} tokens trained, "
+        f"{result['unique_tokens']:,} computed (sharing saved a factor of {saved:.2f}), "
+        f"peak memory {format_bytes(result['peak_bytes'])}"
+    )
+    print(f"kept the adapter of step {result['kept_step']} in {run.adapter}")
+    print(f"next: koat eval {out} --task nsmc-prompt1 --data FILE --shots-from FILE")
+
+
+def run_evaluation(
+    target: str,
+    tasks: list[str],
+    data: str,
+    shots: str | None,
+    *,
+    loading: dict[str, Any],
+    out: Path | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Evaluate with progress and print the scores."""
+    quiet_libraries()
+    from koat.report.scores import print_scores
+    from koat.workflows.evaluate import evaluate_subject, open_subject
+
+    # A base that is not given stays empty here: the run or the adapter knows its own.
+    settings = resolve(ModelSettings, [Layer("flag", {"base": "", **loading})]).settings if loading else None
+    subject = open_subject(target, settings, out)
+    lines: dict[str, ProgressLine] = {}
+
+    def show(task: str, done: int, total: int) -> None:
+        lines.setdefault(task, ProgressLine(task)).update(done, total)
+
+    report = evaluate_subject(subject, tasks, data, shots, on_progress=show, **options)
+    if as_json:
+        print(json.dumps(report, ensure_ascii=False, indent=2))
+        return
+    print_scores(report)
+    print(f"predictions: {subject.predictions}")
+
+
+def run_inspection(files: list[str], base: str, values: dict[str, Any]) -> None:
+    """Inspect data files and print what was found."""
+    quiet_libraries()
+    from koat.report.inspection import print_inspection
+    from koat.workflows.inspect_data import inspect_files
+
+    settings = resolve(DataSettings, [Layer("flag", {"train": files, **values})]).settings
+    for found in inspect_files(files, settings, ModelSettings(base=base)):
+        print_inspection(found)
+
+
+def run_demo(out: Path) -> None:
+    """Run the demo and print its table."""
+    quiet_libraries()
+    from koat.workflows.demo import show_demo
+
+    show_demo(out)
+
+
+def run_listing() -> None:
+    """Print methods, recipes, tasks and templates by name."""
+    from koat.adapters.methods import METHODS
+    from koat.data.prompts import list_templates
+    from koat.evaluation.task import list_tasks, load_task
+    from koat.workflows.config import list_recipes, read_recipe
+
+    rows = [("method", name, method.title) for name, method in METHODS.items()]
+    rows += [("recipe", name, str(read_recipe(name).get("description", ""))) for name in list_recipes()]
+    rows += [("task", name, load_task(name).title.en) for name in list_tasks()]
+    rows += [("template", name, "") for name in list_templates()]
+    print_table(make_table("", ("kind", "name", "what it is"), rows, numeric=9))
