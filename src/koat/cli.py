@@ -34,7 +34,7 @@ def koat() -> None:
 
 def read_flags(overrides: tuple[str, ...], named: dict[str, Any]) -> dict[str, Any]:
     """Merge options such as --base into `key=value` overrides; overrides win."""
-    from koat.core.config import parse_overrides
+    from koat.core.config_files import parse_overrides
 
     merged: dict[str, dict[str, Any]] = {}
     for key, value in named.items():

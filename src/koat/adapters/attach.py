@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from koat.adapters.ia3 import count_held, holds_queries, refine_ia3_layers
+from koat.adapters.ia3 import count_held, holds_queries, refine_ia3_layers, reset_held
 from koat.adapters.lora import refine_lora_layers
 from koat.adapters.methods import find_method
 from koat.adapters.targets import check_targets
@@ -34,14 +34,15 @@ def attach_adapter(model: nn.Module, settings: Section, seed: int = 0) -> PeftMo
     name: str = settings.method  # type: ignore[attr-defined]
     method = find_method(name)
     config = method.make_config(settings, model.config)
-    check_targets(model, config.target_modules)  # type: ignore[attr-defined]
-    check_targets(model, getattr(config, "feedforward_modules", None) or [])
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
+    targets: Any = config.target_modules  # type: ignore[attr-defined]
+    if not targets:
+        raise AdapterError("adapter.targets is empty: name at least one layer, or use paper, attention or all-linear.")
+    check_targets(model, targets)
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        wrapped = get_peft_model(model, config)  # type: ignore[arg-type]
+        wrapped = _wrap(model, config, f"adapter.targets={','.join(sorted(targets))}")
     refine_layers(wrapped, holds=getattr(settings, "targets", None) == "paper")
-    return wrapped  # type: ignore[return-value]
+    return wrapped
 
 
 def refine_layers(wrapped: nn.Module, holds: bool) -> None:
@@ -58,6 +59,7 @@ def count_trainable(model: nn.Module) -> int:
 
 def read_adapter_state(model: PeftModel) -> dict[str, Tensor]:
     """Return the adapter's tensors under PEFT's names, on the CPU."""
+    reset_held(model)
     state = get_peft_model_state_dict(model)
     return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
 
@@ -70,6 +72,7 @@ def write_adapter_state(model: PeftModel, state: dict[str, Tensor]) -> None:
 
 def save_adapter(model: PeftModel, folder: Path) -> None:
     """Write an adapter in PEFT's format into an existing, private folder."""
+    reset_held(model)
     model.save_pretrained(str(folder), safe_serialization=True)
     (folder / "README.md").unlink(missing_ok=True)
     extra = {"holds_queries": holds_queries(model)}
@@ -83,19 +86,44 @@ def restore_adapter(model: nn.Module, folder: Path, trainable: bool = False) -> 
     shape (an adapter of another base), or when a target matches no layer.
     """
     read_adapter_config(folder)
-    extra = json.loads((folder / EXTRA).read_text(encoding="utf-8")) if (folder / EXTRA).is_file() else {}
+    extra = read_extra(folder)
     state = read_adapter_file(folder / WEIGHTS)
-    config = PeftConfig.from_pretrained(str(folder))
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except (KeyError, TypeError, ValueError) as error:
+        raise AdapterError(f"PEFT cannot read {folder / CONFIG} ({type(error).__name__}: {error}).") from error
     targets: Any = getattr(config, "target_modules", None)
     check_targets(model, targets if isinstance(targets, (list, set, tuple)) else [])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        config.inference_mode = not trainable
-        wrapped = get_peft_model(model, config)  # type: ignore[arg-type]
+    config.inference_mode = not trainable
+    wrapped = _wrap(model, config, str(folder / CONFIG))
     refine_layers(wrapped, holds=bool(extra.get("holds_queries")))
-    compare_states(read_adapter_state(wrapped), state, str(folder))  # type: ignore[arg-type]
+    compare_states(read_adapter_state(wrapped), state, str(folder))
     set_peft_model_state_dict(wrapped, state)
-    return wrapped  # type: ignore[return-value]
+    return wrapped
+
+
+def _wrap(model: nn.Module, config: PeftConfig, where: str) -> PeftModel:
+    """Put PEFT's layers into a model, its refusals turned into AdapterError."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            return get_peft_model(model, config)
+    except (TypeError, ValueError) as error:
+        raise AdapterError(f"PEFT cannot put this adapter on the base model ({where}): {error}") from error
+
+
+def read_extra(folder: Path) -> dict[str, Any]:
+    """Return what koat keeps beside PEFT's configuration; nothing for an adapter that PEFT saved."""
+    path = folder / EXTRA
+    if not path.is_file():
+        return {}
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise AdapterError(f"{path} is not valid JSON ({error}). Save the adapter again.") from error
+    if not isinstance(stored, dict):
+        raise AdapterError(f"{path} holds no JSON object. Save the adapter again.")
+    return stored
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:

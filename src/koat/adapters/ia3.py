@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from koat.adapters.architectures import find_architecture, mark_queries
 from koat.adapters.targets import read_peft_default, resolve_roles
+from koat.core.errors import AdapterError, suggest
 
 if TYPE_CHECKING:
     from koat.adapters.methods import Ia3Settings
@@ -65,9 +66,21 @@ class Ia3Linear(PeftLinear):
         return result
 
     def _take_vector(self, name: str) -> Tensor:
-        """Return a vector `[d]`, its held entries detached."""
+        """Return a vector `[d]`; its held entries are one and get no gradient."""
         vector: Tensor = self.ia3_l[name].flatten()
-        return vector if self.held is None else torch.where(self.held, vector.detach(), vector)
+        return vector if self.held is None else vector.masked_fill(self.held, 1.0)
+
+    @torch.no_grad()
+    def reset_held(self) -> None:
+        """Set held entries to one: weight decay moves parameters that have no gradient."""
+        if self.held is not None:
+            for vector in self.ia3_l.values():
+                vector.masked_fill_(self.held.view_as(vector), 1.0)
+
+    def merge(self, *args: Any, **kwargs: Any) -> None:
+        """Merge as PEFT does, held entries being one."""
+        self.reset_held()
+        super().merge(*args, **kwargs)
 
 
 def make_ia3_config(settings: Ia3Settings, config: Any) -> IA3Config:
@@ -83,9 +96,23 @@ def make_ia3_config(settings: Ia3Settings, config: Any) -> IA3Config:
 
 
 def resolve_ia3_targets(settings: Ia3Settings, config: Any) -> tuple[list[str], list[str]]:
-    """Return (linear layers rescaled, those of them whose input is rescaled)."""
+    """Return (linear layers rescaled, those of them whose input is rescaled).
+
+    Raises AdapterError for a feed-forward name that is no target: it would change nothing.
+    """
     if isinstance(settings.targets, list):
+        for name in settings.feedforward:
+            if name not in settings.targets:
+                raise AdapterError(
+                    f"adapter.feedforward names {name!r}, which is not among adapter.targets"
+                    f"{suggest(name, settings.targets)}: {', '.join(settings.targets)}. Write it the same in both."
+                )
         return settings.targets, settings.feedforward
+    if settings.feedforward:
+        raise AdapterError(
+            f"adapter.feedforward goes with named targets; adapter.targets={settings.targets} knows its own. "
+            "Leave it out, or name the layers, for example adapter.targets=[k_proj,v_proj,down_proj]."
+        )
     if settings.targets == "peft":
         return (
             read_peft_default("TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING", config),
@@ -121,6 +148,13 @@ def refine_ia3_layers(model: nn.Module, holds: bool) -> None:
 def _is_fused(name: str, config: Any) -> bool:
     architecture = find_architecture(config)
     return architecture.fused is not None and name.endswith(f".{architecture.key}")
+
+
+def reset_held(model: nn.Module) -> None:
+    """Set the held entries of all IA3 vectors to one, before they are read, saved or merged."""
+    for module in model.modules():
+        if isinstance(module, Ia3Linear):
+            module.reset_held()
 
 
 def count_held(model: nn.Module) -> int:

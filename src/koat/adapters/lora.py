@@ -65,7 +65,10 @@ class LoraLinear(PeftLinear):
 
 
 def refine_lora_layers(model: nn.Module) -> None:
-    """Give PEFT's plain LoRA layers koat's forward pass; names, parameters and files stay PEFT's."""
+    """Give PEFT's plain LoRA layers koat's forward pass; names, parameters and files stay PEFT's.
+
+    Layers whose update has a bias (`lora_bias`, from an adapter that PEFT trained) keep PEFT's.
+    """
     for module in model.modules():
-        if type(module) is PeftLinear:
+        if type(module) is PeftLinear and not any(module.lora_bias.values()):
             module.__class__ = LoraLinear

@@ -10,25 +10,32 @@ from torch import nn
 from koat.adapters.architectures import find_architecture
 from koat.core.errors import AdapterError, suggest
 
+LINEARS = frozenset({"Linear", "Conv1D", "Linear4bit", "Linear8bitLt"})
+
 
 def list_linears(model: nn.Module) -> list[str]:
     """Return the names of a model's linear layers, layer numbers replaced by `*`, each once."""
     head: Any = getattr(model, "get_output_embeddings", lambda: None)()
     names = []
     for name, module in model.named_modules():
-        if module is not head and type(module).__name__ in {"Linear", "Conv1D", "Linear4bit", "Linear8bitLt"}:
+        if module is not head and type(module).__name__ in LINEARS:
             names.append(".".join("*" if part.isdigit() else part for part in name.split(".")))
     return list(dict.fromkeys(names))
 
 
 def check_targets(model: nn.Module, names: Iterable[str]) -> None:
-    """Raise AdapterError for any target that matches no linear layer of the model."""
+    """Raise AdapterError for any target that matches no layer of the model, by PEFT's rule.
+
+    A name matches a linear layer or an embedding that is called so, or whose name ends in it after a dot.
+    """
+    kinds = LINEARS | {"Embedding"}
+    layers = [name for name, module in model.named_modules() if type(module).__name__ in kinds]
     linears = list_linears(model)
     endings = {".".join(name.split(".")[-count:]) for name in linears for count in (1, 2, 3)}
     for name in names:
-        if not any(linear == name or linear.endswith(f".{name}") for linear in linears):
+        if not any(layer == name or layer.endswith(f".{name}") for layer in layers):
             raise AdapterError(
-                f"The target {name!r} matches no linear layer{suggest(name, endings)}. "
+                f"The target {name!r} matches no layer{suggest(name, endings)}. "
                 f"This model has: {', '.join(linears)}."
             )
 

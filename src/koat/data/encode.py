@@ -107,14 +107,8 @@ def encode_records(
     that are too long under `overflow="error"`, for a tokenizer without an end-of-text token, and when nothing
     is left.
     """
-    if overflow not in _OVERFLOW:
-        raise DataError(
-            f"unknown overflow {overflow!r}{suggest(overflow, _OVERFLOW)}; there are: {', '.join(_OVERFLOW)}"
-        )
-    if loss_on not in _MARKS:
-        raise DataError(
-            f"unknown loss_on {loss_on!r}{suggest(loss_on, _MARKS)}; there are: {', '.join(_MARKS)}"
-        )
+    _check_option("overflow", overflow, _OVERFLOW)
+    _check_option("loss_on", loss_on, _MARKS)
     end = _find_end(tokenizer)
     report = EncodeReport(num_rows=len(records), num_templates=len(templates), max_length=max_length)
     report.num_trailing = sum(
@@ -133,6 +127,11 @@ def encode_records(
     if not sequences:
         raise DataError("no sequence is left to work with. " + " ".join(report.lines()))
     return Encoded(sequences, report)
+
+
+def _check_option(name: str, value: str, known: Iterable[str]) -> None:
+    if value not in known:
+        raise DataError(f"unknown {name} {value!r}{suggest(value, known)}; there are: {', '.join(known)}")
 
 
 def _find_end(tokenizer: PreTrainedTokenizerBase) -> int:

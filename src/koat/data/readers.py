@@ -76,8 +76,8 @@ def read_records(
     """Read records from a file (plain or gzip), a folder, or a Hub id (`owner/name`, `owner/name:part`).
 
     `columns` maps a template's field to the file's column, which then loses its own name; on conversations
-    and SQuAD it maps to a field of the record, which keeps its name. `clean` comes before `values`, which turns
-    coded values into words. Raises DataError for a file that cannot be read or recognised and for the
+    and SQuAD it maps to a field of the record, which keeps its name. `clean` comes before `values`, which
+    turns coded values into words. Raises DataError for a file that cannot be read or recognised and for the
     first broken row, or, with `on_bad_row="skip"`, only when no good row is left.
     """
     columns, values, clean = columns or {}, values or {}, clean or {}

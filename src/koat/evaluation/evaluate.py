@@ -180,9 +180,7 @@ def gather_questions(task: Task, tokenizer: Any, data_path: str, shots_path: str
     shots = draw_shots(pick_pool(source, task, tokenizer), task, len(items))
     num_own = sum(item in drawn for item, drawn in zip(items, shots, strict=True))
     if num_own:
-        notes.append(
-            f"{num_own} items stand among their own shots, answer included. Draw the shots from other data."
-        )
+        notes.append(f"{num_own} items stand among their own shots, answer included. Draw the shots from other data.")
     return Questions(items, shots, fingerprint_source(source), notes)
 
 
@@ -191,9 +189,7 @@ def _note_items(found: Harvest, items: Sequence[Item], task: Task, path: str) ->
     if found.num_empty:
         notes.append(f"{found.num_empty} rows of {path} have an empty field and were left out.")
     if task.items != "all" and task.items > len(items):
-        notes.append(
-            f"{task.items} items were asked for; {path} has {len(items)}, and all of them were taken."
-        )
+        notes.append(f"{task.items} items were asked for; {path} has {len(items)}, and all of them were taken.")
     return notes
 
 
@@ -215,9 +211,7 @@ def _note_overflow(asked: RequestSet) -> list[str]:
     return notes
 
 
-def predict_item(
-    task: Task, item: Item, request: ChoiceRequest, score: ItemScore, tokenizer: Any
-) -> dict[str, Any]:
+def predict_item(task: Task, item: Item, request: ChoiceRequest, score: ItemScore, tokenizer: Any) -> dict[str, Any]:
     """Return the record of one prediction: texts, gold, what each scoring takes for the answer, numbers.
 
     A first token that is no label word is an answer that is wrong, and stands there as nothing.

@@ -45,9 +45,7 @@ def read_items(path: str, task: Task) -> Harvest:
     ids = [record.fields.get("id", "") for record in records]
     if "" in ids or len(set(ids)) < len(ids):
         ids = [str(number) for number in range(1, len(records) + 1)]
-    items = [
-        item for name, record in zip(ids, records, strict=True) if (item := _make_item(name, record, task))
-    ]
+    items = [item for name, record in zip(ids, records, strict=True) if (item := _make_item(name, record, task))]
     if not items:
         raise DataError(f"{path}: no row has text in every field of the task {task.name!r}")
     return Harvest(items, len(records) - len(items))
@@ -70,8 +68,7 @@ def _make_item(name: str, record: Record, task: Task) -> Item | None:
     if not all(raw.values()):
         return None
     fields = {
-        field: clean_text(task.clean[field], text) if field in task.clean else text
-        for field, text in raw.items()
+        field: clean_text(task.clean[field], text) if field in task.clean else text for field, text in raw.items()
     }
     return Item(name, fields, raw, list(task.labels).index(label))
 

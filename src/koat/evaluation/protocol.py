@@ -56,9 +56,7 @@ class RequestSet:
         """What was done to long items, in words; "none" when all fit."""
         parts = []
         if self.dropped_shots:
-            parts.append(
-                f"{sum(self.dropped_shots.values())} shots dropped from {len(self.dropped_shots)} items"
-            )
+            parts.append(f"{sum(self.dropped_shots.values())} shots dropped from {len(self.dropped_shots)} items")
         if self.kept_out:
             parts.append(f"{len(self.kept_out)} items kept out")
         return "; ".join(parts) or "none"
@@ -97,9 +95,7 @@ def build_requests(
     Raises DataError when no item fits, and for a tokenizer that turns a context or choice into nothing.
     """
     requests, kept_out, dropped = [], [], {}
-    for item, given, request in zip(
-        items, shots, encode_requests(task, items, shots, tokenizer), strict=True
-    ):
+    for item, given, request in zip(items, shots, encode_requests(task, items, shots, tokenizer), strict=True):
         if not context_length or request.num_tokens <= context_length:
             requests.append(request)
             continue
@@ -148,9 +144,7 @@ def encode_requests(
         joint = [encode_prompts([context + answer for context in contexts], tokenizer) for answer in answers]
         for place, (item, drawn) in enumerate(zip(part, given, strict=True)):
             head = context_ids[place]
-            choices = tuple(
-                _cut_choice(head, whole[place], own) for whole, own in zip(joint, alone, strict=True)
-            )
+            choices = tuple(_cut_choice(head, whole[place], own) for whole, own in zip(joint, alone, strict=True))
             if not head or not all(choices):
                 raise DataError(
                     f"item {item.id} of {task.name!r}: the tokenizer turns the "
@@ -188,8 +182,5 @@ def check_labels(task: Task, requests: Sequence[ChoiceRequest], tokenizer: Any) 
 
 def _is_one_token(word: str, answer: str, tokenizer: Any) -> bool:
     """Whether some single token reads as the word: with the white space of the answer, or without."""
-    forms = [
-        tokenizer(form, add_special_tokens=False).input_ids
-        for form in dict.fromkeys((answer, f" {word}", word))
-    ]
+    forms = [tokenizer(form, add_special_tokens=False).input_ids for form in dict.fromkeys((answer, f" {word}", word))]
     return any(len(ids) == 1 and tokenizer.decode(ids).strip() == word for ids in forms)

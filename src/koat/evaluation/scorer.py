@@ -56,9 +56,7 @@ def score_requests(
     """
     for request in requests:
         if not request.context_ids or not all(request.choices):
-            raise ValueError(
-                f"request {request.item_id!r} has an empty context or choice: nothing predicts a token"
-            )
+            raise ValueError(f"request {request.item_id!r} has an empty context or choice: nothing predicts a token")
     order = _order_requests(requests, layout)
     found: dict[int, ItemScore] = {}
     num_tokens = num_unique = 0
@@ -67,9 +65,7 @@ def score_requests(
     try:
         for start in range(0, len(order), BLOCK):
             block = order[start : start + BLOCK]
-            scores, tokens, unique = _score_block(
-                model, layout, [requests[index] for index in block], token_budget
-            )
+            scores, tokens, unique = _score_block(model, layout, [requests[index] for index in block], token_budget)
             found.update(zip(block, scores, strict=True))
             num_tokens, num_unique = num_tokens + tokens, num_unique + unique
             if on_progress is not None:
@@ -90,9 +86,7 @@ def _score_block(
     model: nn.Module, layout: Layout, requests: Sequence[ChoiceRequest], token_budget: int
 ) -> tuple[list[ItemScore], int, int]:
     pairs = [(request, choice) for request in requests for choice in request.choices]
-    sequences = [
-        supervise_from(request.context_ids + choice, len(request.context_ids)) for request, choice in pairs
-    ]
+    sequences = [supervise_from(request.context_ids + choice, len(request.context_ids)) for request, choice in pairs]
     device = unwrap(model).device
     logprobs = torch.zeros(len(sequences), dtype=torch.float64, device=device)
     greedy = torch.full((len(sequences),), -1, dtype=torch.int64, device=device)

@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from koat.core.config import Layer, Section, read_config_file, resolve, to_mapping
+from koat.core.config import Layer, Section, resolve, to_mapping
+from koat.core.config_files import read_config_file
 from koat.core.errors import ConfigError, suggest
 
 Scoring = Literal["first-token", "likelihood"]
@@ -31,9 +32,7 @@ class ShotPool(Section):
     """Which rows of the shots' file may be drawn."""
 
     field: str = Field(default="text", description="The field whose length counts, as it stands in the file.")
-    max_tokens: Count | None = Field(
-        default=None, description="Longest text in tokens, special tokens included."
-    )
+    max_tokens: Count | None = Field(default=None, description="Longest text in tokens, special tokens included.")
 
 
 class Task(Section):
@@ -50,9 +49,7 @@ class Task(Section):
         default_factory=dict, description="Cleaning per field, of items and shots."
     )
     prompt: str = Field(description="What is asked of an item; `{field}` stands for a field.")
-    labels: dict[str, str] = Field(
-        description="Label in the file: the text that answers the prompt.", min_length=2
-    )
+    labels: dict[str, str] = Field(description="Label in the file: the text that answers the prompt.", min_length=2)
     shot_separator: str = Field("\n", description="What follows the answer of a shot.")
     num_shots: int = Field(0, ge=0, description="Examples with answers before each item.")
     shot_pool: ShotPool = Field(ShotPool(), description="Which rows may be shots.")
@@ -60,9 +57,7 @@ class Task(Section):
         "per-item", description="Draw shots anew for each item, or once for all items."
     )
     shot_seed: int = Field(1234, ge=0, description="Seeds the draw of shots.")
-    items: Count | Literal["all"] = Field(
-        "all", description="How many items are drawn; all: the file in its order."
-    )
+    items: Count | Literal["all"] = Field("all", description="How many items are drawn; all: the file in its order.")
     item_seed: int = Field(1234, ge=0, lt=2**32, description="Seeds the draw of items.")
     scorings: list[Scoring] = Field(["likelihood"], description="How an answer is read off.", min_length=1)
     normalisation: Literal["per-token", "per-character"] | None = Field(
@@ -85,13 +80,9 @@ class Task(Section):
                     f"{', '.join(fields) or 'none'}"
                 )
         if not PLACEHOLDER.search(self.prompt):
-            raise ValueError(
-                "the prompt names no field, so every item would be asked alike; write {text} in it"
-            )
+            raise ValueError("the prompt names no field, so every item would be asked alike; write {text} in it")
         if self.num_shots and self.shot_pool.max_tokens and self.shot_pool.field not in fields:
-            raise ValueError(
-                f"shot_pool.field {self.shot_pool.field!r} is not in columns: {', '.join(fields)}"
-            )
+            raise ValueError(f"shot_pool.field {self.shot_pool.field!r} is not in columns: {', '.join(fields)}")
         if len(set(self.words)) < len(self.words) or not all(self.words):
             raise ValueError(f"labels need words that differ and are not blank, but are {list(self.words)}")
         if len(set(self.scorings)) < len(self.scorings):

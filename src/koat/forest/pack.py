@@ -91,8 +91,7 @@ def collate_rows(
 ) -> MicroBatch:
     """Build one forest per row and lay the rows side by side, padded to a multiple of `length_multiple`."""
     forests = [build_forest([sequences[index] for index in row], range(len(row))) for row in rows]
-    longest = max(len(forest) for forest in forests)
-    longest = -(-longest // length_multiple) * length_multiple
+    longest = bucket_length(max(len(forest) for forest in forests), length_multiple)
     shape = (len(rows), longest)
     token_ids, position = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
     subtree_end = np.tile(np.arange(1, longest + 1), (len(rows), 1))
@@ -114,6 +113,16 @@ def collate_rows(
     )
 
 
+def bucket_length(length: int, multiple: int) -> int:
+    """Round a row's length up to a multiple, in coarser steps for longer rows: eight lengths an octave.
+
+    Compiled kernels are made per length; a few lengths keep compilations few.
+    """
+    while length > 16 * multiple and multiple > 1:
+        multiple *= 2
+    return -(-length // multiple) * multiple
+
+
 def count_tokens(sequences: ListLike[Sequence], row: ListLike[int]) -> int:
     """Return how many distinct tokens a row (in lexicographic order) holds."""
     lengths = sum(len(sequences[index]) for index in row)
@@ -130,11 +139,12 @@ def batch_rows(
     """
     sizes = [-(-count_tokens(sequences, row) // length_multiple) * length_multiple for row in rows]
     pending: list[ListLike[int]] = []
+    longest = 0
     for number in sorted(range(len(rows)), key=lambda n: (-sizes[n], n)):
-        longest = sizes[number] if not pending else max(longest, sizes[number])
         if pending and longest * (len(pending) + 1) > token_budget:
             yield collate_rows(sequences, pending, length_multiple)
-            pending, longest = [], sizes[number]
+            pending = []
+        longest = longest if pending else sizes[number]
         pending.append(rows[number])
     if pending:
         yield collate_rows(sequences, pending, length_multiple)

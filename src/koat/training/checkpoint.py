@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from koat.adapters.attach import read_adapter_state, write_adapter_state
+from koat.core.atomic import atomic_folder
 from koat.core.errors import RunFolderError
-from koat.core.run_folder import atomic_folder
 
 
 @dataclass

@@ -20,6 +20,7 @@ class LossGuard:
     def __init__(self) -> None:
         self._recent: deque[float] = deque(maxlen=WINDOW)
         self._high = 0
+        self._explained = False
 
     def judge(self, step: int, loss: float, gradient_norm: float, starts_epoch: bool) -> str | None:
         """Return a remark about this step, or None.
@@ -35,7 +36,8 @@ class LossGuard:
         self._recent.append(loss)
         if usual is None:
             return None
-        if starts_epoch and loss < 0.8 * usual:
+        if starts_epoch and loss < 0.8 * usual and not self._explained:
+            self._explained = True
             return (
                 f"step {step}: a new epoch begins and the loss steps down from {usual:.3f} to {loss:.3f}. "
                 "The model has seen these examples before; watch the validation loss, not this one."

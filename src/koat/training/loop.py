@@ -162,13 +162,15 @@ def train(
         state.step, last_loss = state.step + 1, loss
         state.tokens, state.unique_tokens = state.tokens + num_tokens, state.unique_tokens + unique_tokens
         state.seconds += time.monotonic() - began
-        validation_loss = fence.pass_step(model, optimizer, state)
+        validation_loss = fence.validate_step(model, state)
         on_step(
             StepRecord(
                 state.step, plan.num_steps, state.step / plan.steps_per_epoch, loss, rate, norm, num_tokens,
                 unique_tokens, time.monotonic() - began, remark, validation_loss,
             )
         )  # fmt: skip
+        # Recorded first: a step that a checkpoint holds is in the metrics, wherever the process is killed.
+        fence.save_step(model, optimizer, state)
     return TrainingResult(state, last_loss, keep_adapter(model, state, settings.keep))
 
 
@@ -195,22 +197,28 @@ class Fence:
     validate: Validate | None
     accelerator: Accelerator
 
-    def pass_step(self, model: PeftModel, optimizer: torch.optim.Optimizer, state: TrainingState) -> float | None:
-        """Validate and save where the settings say so; return the validation loss if there was one."""
-        every = self.settings.validate_every or max(1, self.plan.num_steps // 10)
-        last = state.step == self.plan.num_steps
-        loss = None
-        if self.validate is not None and (last or state.step % every == 0):
-            model.eval()
-            loss = self.validate(model)
-            model.train()
-            if state.best_loss is None or loss < state.best_loss:
-                state.best_loss, state.best_step = loss, state.step
-                state.best = {name: tensor.clone() for name, tensor in read_adapter_state(model).items()}
-        due = last or state.step % (self.settings.save_every or every) == 0
+    @property
+    def every(self) -> int:
+        """Steps between validations."""
+        return self.settings.validate_every or max(1, self.plan.num_steps // 10)
+
+    def validate_step(self, model: PeftModel, state: TrainingState) -> float | None:
+        """Validate where the settings say so, keep the best adapter, and return the loss if there is one."""
+        if self.validate is None or (state.step < self.plan.num_steps and state.step % self.every):
+            return None
+        model.eval()
+        loss = self.validate(model)
+        model.train()
+        if state.best_loss is None or loss < state.best_loss:
+            state.best_loss, state.best_step = loss, state.step
+            state.best = {name: tensor.clone() for name, tensor in read_adapter_state(model).items()}
+        return loss
+
+    def save_step(self, model: PeftModel, optimizer: torch.optim.Optimizer, state: TrainingState) -> None:
+        """Save a checkpoint where the settings say so."""
+        due = state.step == self.plan.num_steps or state.step % (self.settings.save_every or self.every) == 0
         if self.checkpoints is not None and due and self.accelerator.is_main_process:
             save_checkpoint(self.checkpoints, model, optimizer, state, self.settings.keep_checkpoints)
-        return loss
 
 
 @torch.no_grad()

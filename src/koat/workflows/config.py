@@ -9,7 +9,8 @@ from typing import Any
 from pydantic import Field
 
 from koat.adapters.methods import METHODS, AdapterSettings, Ia3Settings, default_values
-from koat.core.config import Layer, Resolved, Section, read_config_file, resolve
+from koat.core.config import Layer, Resolved, Section, resolve
+from koat.core.config_files import read_config_file
 from koat.core.errors import ConfigError, suggest
 from koat.core.settings import DataSettings, ModelSettings, TrainingSettings
 
@@ -40,6 +41,15 @@ def list_recipes() -> list[str]:
 
 def read_recipe(name: str) -> dict[str, Any]:
     """Return a recipe's settings. Raises ConfigError with the nearest name."""
+    return {key: value for key, value in _read_recipe_file(name).items() if key != "description"}
+
+
+def describe_recipe(name: str) -> str:
+    """Return the sentence that a recipe says about itself."""
+    return str(_read_recipe_file(name).get("description", ""))
+
+
+def _read_recipe_file(name: str) -> dict[str, Any]:
     path = RECIPES / f"{name}.yaml"
     if not path.is_file():
         known = list_recipes()

@@ -15,8 +15,9 @@ import torch
 from torch import nn
 
 from koat.adapters.attach import CONFIG, read_adapter_config, restore_adapter
+from koat.core.atomic import write_json, write_text
 from koat.core.errors import AdapterError, RunFolderError
-from koat.core.run_folder import RunFolder, write_json, write_text
+from koat.core.run_folder import RunFolder
 from koat.core.settings import ModelSettings
 from koat.evaluation.evaluate import TaskResult, evaluate_task
 from koat.evaluation.task import Task, adjust_task, load_task

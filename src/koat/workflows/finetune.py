@@ -13,9 +13,11 @@ from peft import PeftModel
 from torch import nn
 
 from koat.adapters.attach import attach_adapter, count_trainable, save_adapter
+from koat.core.atomic import atomic_folder, write_json
 from koat.core.config import Resolved, to_mapping
 from koat.core.errors import ConfigError, RunFolderError
-from koat.core.run_folder import RunFolder, append_line, atomic_folder, truncate_lines, write_json
+from koat.core.json_lines import append_line, truncate_lines
+from koat.core.run_folder import RunFolder
 from koat.core.settings import ModelSettings, TrainingSettings
 from koat.data.prompts import PromptTemplate
 from koat.forest.score import Layout
@@ -54,6 +56,7 @@ def finetune_run(
     latest checkpoint, bit for bit as if it had not stopped. Raises KoatError for what a user can mend.
     """
     config: RunConfig = resolved.settings
+    # The folder is claimed first and stays empty until all that can be wrong with files and settings is known.
     run = open_run(config, out, resume, overwrite)
     tokenizer, base_config = load_tokenizer(config.model), load_config(config.model)
     examples = load_examples(config.data, tokenizer, find_context_length(base_config), config.training.seed)
@@ -75,6 +78,7 @@ def finetune_run(
         enable_checkpointing(model)
     began = time.time()
     manifest = describe_run(config, model, base_config, verification, examples)
+    run.write_config(to_mapping(config))
     run.write_manifest(manifest)
 
     with Cost(accelerator.device) as cost:
@@ -88,9 +92,7 @@ def finetune_run(
 def open_run(config: RunConfig, out: Path, resume: bool, overwrite: bool) -> RunFolder:
     """Make the run folder, or open it to go on, refusing to go on under other settings."""
     if not resume:
-        run = RunFolder.create(out, overwrite=overwrite)
-        run.write_config(to_mapping(config))
-        return run
+        return RunFolder.create(out, overwrite=overwrite)
     run = RunFolder.open(out, require=("config.yaml",))
     if run.is_complete():
         raise RunFolderError(f"The run in {out} is finished; there is nothing to resume.")

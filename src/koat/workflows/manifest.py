@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from koat.core.run_folder import fingerprint_file
+from koat.core.fingerprint import fingerprint_file
 
 PACKAGES = ("koat", "torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors", "bitsandbytes")
 

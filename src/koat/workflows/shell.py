@@ -124,10 +124,10 @@ def run_listing() -> None:
     from koat.adapters.methods import METHODS
     from koat.data.prompts import list_templates
     from koat.evaluation.task import list_tasks, load_task
-    from koat.workflows.config import list_recipes, read_recipe
+    from koat.workflows.config import describe_recipe, list_recipes
 
     rows = [("method", name, method.title) for name, method in METHODS.items()]
-    rows += [("recipe", name, str(read_recipe(name).get("description", ""))) for name in list_recipes()]
+    rows += [("recipe", name, describe_recipe(name)) for name in list_recipes()]
     rows += [("task", name, load_task(name).title.en) for name in list_tasks()]
     rows += [("template", name, "") for name in list_templates()]
     print_table(make_table("", ("kind", "name", "what it is"), rows, numeric=9))
