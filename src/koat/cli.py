@@ -151,8 +151,14 @@ def plan(
 @click.option("--base", help="Base model of an adapter, when it is not where it was.")
 @click.option("--device", help="auto, cpu, cuda or cuda:N.")
 @click.option("--dtype", help="Type of the weights: auto, float32, bfloat16, float16.")
-@click.option("--tokens", "token_budget", type=click.IntRange(min=64), default=8192, show_default=True,
-              help="Tokens that go through the model at once.")
+@click.option(
+    "--tokens",
+    "token_budget",
+    type=click.IntRange(min=64),
+    default=8192,
+    show_default=True,
+    help="Tokens that go through the model at once.",
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for predictions and scores.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def evaluate(
@@ -216,8 +222,13 @@ def inspect(files: tuple[str, ...], base: str, template: str | None, overrides: 
 
 
 @koat.command()
-@click.option("--out", type=click.Path(path_type=Path), default=Path("koat-demo"), show_default=True,
-              help="Folder for the demo's runs; an earlier demo there is replaced.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("koat-demo"),
+    show_default=True,
+    help="Folder for the demo's runs; an earlier demo there is replaced.",
+)
 def demo(out: Path) -> None:
     """Show it all in under three minutes: plan, train IA3 and LoRA, evaluate, compare.
 

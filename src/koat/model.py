@@ -29,6 +29,8 @@ def locate_base(base: str) -> str:
         if not (path / "config.json").is_file():
             raise ModelError(f"{path} holds no config.json, so it is not a model folder.")
         return str(path)
+    if path.is_file():
+        raise ModelError(f"{path} is a file. Give the model folder that it lies in.")
     looks_local = base.startswith((".", "/", "~")) or base.count("/") > 1 or path.exists()
     if looks_local:
         parent = path.parent
@@ -74,7 +76,7 @@ def load_config(settings: ModelSettings) -> Any:
         return AutoConfig.from_pretrained(
             where, revision=settings.revision, trust_remote_code=settings.trust_remote_code
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(_explain(settings, "configuration", error)) from error
 
 
@@ -102,15 +104,16 @@ def load_tokenizer(settings: ModelSettings) -> Any:
 def load_model(settings: ModelSettings) -> Any:
     """Load a causal model: safetensors only, frozen, in evaluation mode, on its device.
 
-    Raises ModelError when the weights are absent, pickled or broken.
+    Raises ModelError when the weights are absent, pickled, broken or not all there.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     where, device = locate_base(settings.base), pick_device(settings.device)
     config = load_config(settings)
     attention = pick_attention(settings.attention, config, device)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             where,
             revision=settings.revision,
             config=config,
@@ -118,10 +121,20 @@ def load_model(settings: ModelSettings) -> Any:
             attn_implementation=attention,
             use_safetensors=True,
             trust_remote_code=settings.trust_remote_code,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelError(_explain(settings, "weights", error)) from error
-    return model.requires_grad_(False).eval().to(device)
+    model, report = loaded
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"The weights of the base model {settings.base!r} are not all there: {len(missing)} tensors are missing, "
+            f"the first is {missing[0]}. They would be random. Save or download the model again."
+        )
+    model.requires_grad_(False)
+    model.eval()
+    return model.to(device)
 
 
 def pick_attention(attention: str, config: Any, device: torch.device) -> str | None:
@@ -136,7 +149,7 @@ def build_empty(config: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
 
 
 def count_parameters(model: torch.nn.Module) -> int:

@@ -44,9 +44,7 @@ class Architecture:
         return tuple(dict.fromkeys(names))
 
 
-_LLAMA = Architecture(
-    "q_proj", "k_proj", "v_proj", "o_proj", inner="down_proj", up=("gate_proj", "up_proj")
-)
+_LLAMA = Architecture("q_proj", "k_proj", "v_proj", "o_proj", inner="down_proj", up=("gate_proj", "up_proj"))
 _QWEN3 = Architecture(
     "q_proj", "k_proj", "v_proj", "o_proj", inner="down_proj", up=("gate_proj", "up_proj"), key_norm=True
 )

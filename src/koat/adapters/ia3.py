@@ -20,7 +20,7 @@ from koat.adapters.targets import read_peft_default, resolve_roles
 from koat.core.errors import AdapterError, suggest
 
 if TYPE_CHECKING:
-    from koat.adapters.methods import Ia3Settings
+    from koat.adapters.settings import Ia3Settings
 
 
 class Rescale(torch.autograd.Function):
@@ -47,6 +47,12 @@ class Rescale(torch.autograd.Function):
         return for_activation, for_vector
 
 
+def rescale(activation: Tensor, vector: Tensor) -> Tensor:
+    """Return `activation [..., d] * vector [d]` in the activation's type."""
+    scaled: Tensor = Rescale.apply(activation, vector)  # type: ignore[no-untyped-call]
+    return scaled
+
+
 class Ia3Linear(PeftLinear):
     """PEFT's IA3 layer with koat's forward pass. `held` marks entries that stay one, or is None."""
 
@@ -56,13 +62,13 @@ class Ia3Linear(PeftLinear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Apply the layer to `x` `[..., in]` and rescale its input or its output."""
         if self.disable_adapters or self.merged:
-            return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
+            return super().forward(x, *args, **kwargs)
         names = [name for name in self.active_adapters if name in self.ia3_l]
         for name in names if self.is_feedforward else ():
-            x = Rescale.apply(x, self.ia3_l[name].flatten())
+            x = rescale(x, self.ia3_l[name].flatten())
         result: Tensor = self.base_layer(x, *args, **kwargs)
         for name in names if not self.is_feedforward else ():
-            result = Rescale.apply(result, self._take_vector(name))
+            result = rescale(result, self._take_vector(name))
         return result
 
     def _take_vector(self, name: str) -> Tensor:
@@ -135,14 +141,14 @@ def refine_ia3_layers(model: nn.Module, holds: bool) -> None:
     for name, module in model.named_modules():
         if type(module) is not PeftLinear:
             continue
-        module.__class__ = Ia3Linear
-        held, module.num_held = None, 0
-        if holds and not module.is_feedforward and _is_fused(name, config):
-            device = next(iter(module.ia3_l.values())).device
+        layer: Any = module
+        layer.__class__ = Ia3Linear
+        held, layer.num_held = None, 0
+        if holds and not layer.is_feedforward and _is_fused(name, config):
             held = mark_queries(find_architecture(config), config)
-            module.num_held = int(held.sum())
-            held = held.to(device)
-        module.register_buffer("held", held, persistent=False)
+            layer.num_held = int(held.sum())
+            held = held.to(next(iter(layer.ia3_l.values())).device)
+        layer.register_buffer("held", held, persistent=False)
 
 
 def _is_fused(name: str, config: Any) -> bool:

@@ -18,7 +18,7 @@ from koat.adapters.targets import read_peft_default, resolve_roles
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-    from koat.adapters.methods import LoraSettings
+    from koat.adapters.settings import LoraSettings
 
 
 def resolve_lora_targets(settings: LoraSettings, config: Any) -> list[str]:
@@ -41,7 +41,7 @@ def make_lora_config(settings: LoraSettings, config: Any) -> LoraConfig:
         task_type="CAUSAL_LM",
         target_modules=resolve_lora_targets(settings, config),
         r=settings.r,
-        lora_alpha=settings.alpha,
+        lora_alpha=settings.alpha,  # type: ignore[arg-type]
         lora_dropout=settings.dropout,
         use_rslora=settings.rslora,
         fan_in_fan_out=config.model_type == "gpt2",
@@ -54,11 +54,12 @@ class LoraLinear(PeftLinear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the base layer's output for `x` `[..., in]` plus `scaling * B A x` of every active adapter."""
         if self.disable_adapters or self.merged or self.lora_variant or "adapter_names" in kwargs:
-            return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
+            return super().forward(x, *args, **kwargs)
         result: Tensor = self.base_layer(x, *args, **kwargs)
         for name in self.active_adapters:
             if name in self.lora_A:
-                down, up = self.lora_A[name].weight, self.lora_B[name].weight
+                down: Any = self.lora_A[name].weight
+                up: Any = self.lora_B[name].weight
                 inner = F.linear(self.lora_dropout[name](x), down.to(x.dtype)) * self.scaling[name]
                 result = result + F.linear(inner, up.to(x.dtype))
         return result

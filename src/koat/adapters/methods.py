@@ -8,50 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from pydantic import Field
-
+from koat.adapters.settings import AdapterSettings, Ia3Settings, LoraSettings
 from koat.core.config import Section
 from koat.core.errors import AdapterError, suggest
 
 if TYPE_CHECKING:
     from peft import PeftConfig
 
-Targets = Literal["paper", "peft", "attention", "all-linear"] | list[str]
-
-
-class Ia3Settings(Section):
-    """IA3 (Liu et al. 2022, T-Few): learned vectors rescale keys, values and the inner activation."""
-
-    method: Literal["ia3"] = "ia3"
-    targets: Targets = Field(
-        "paper",
-        description="`paper`: keys, values, inner activation. `attention`: also queries and attention output. "
-        "`all-linear`: every linear layer's output, the inner activation once. `peft`: PEFT's default. Or names.",
-    )
-    feedforward: list[str] = Field(
-        default_factory=list,
-        description="With named targets: those whose input is scaled instead of their output.",
-    )
-
-
-class LoraSettings(Section):
-    """LoRA (Hu et al. 2021): a low-rank update beside each chosen linear layer."""
-
-    method: Literal["lora"] = "lora"
-    targets: Targets = Field(
-        "all-linear",
-        description="`attention`: queries, keys, values, attention output. `all-linear`: every linear layer. "
-        "`paper`: queries and values. `peft`: PEFT's default. Or names.",
-    )
-    r: Annotated[int, Field(gt=0)] = Field(8, description="Rank of the update.")
-    alpha: float = Field(16.0, gt=0, description="The update is scaled by alpha / r.")
-    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the update's input.")
-    rslora: bool = Field(False, description="Scale by alpha / sqrt(r) instead (rank-stabilised LoRA).")
-
-
-AdapterSettings = Annotated[Ia3Settings | LoraSettings, Field(discriminator="method")]
+__all__ = [
+    "METHODS",
+    "AdapterSettings",
+    "Ia3Settings",
+    "LoraSettings",
+    "Method",
+    "check_combination",
+    "default_values",
+    "find_method",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +41,8 @@ class Method:
     """Default learning rate by targets; the key "" serves all others. Found on NSMC, see docs/log.md."""
     mergeable: bool = True
     allows_checkpointing: bool = True
+    allows_weight_decay: bool = True
+    """Decay pulls parameters to zero; vectors that start at one would be switched off by it."""
 
 
 def _make_ia3(settings: Ia3Settings, config: Any) -> PeftConfig:
@@ -81,7 +58,7 @@ def _make_lora(settings: LoraSettings, config: Any) -> PeftConfig:
 
 
 METHODS: dict[str, Method] = {
-    "ia3": Method(Ia3Settings, _make_ia3, "IA3", {"paper": 5e-2, "": 2e-2}),
+    "ia3": Method(Ia3Settings, _make_ia3, "IA3", {"paper": 5e-2, "": 2e-2}, allows_weight_decay=False),
     "lora": Method(LoraSettings, _make_lora, "LoRA", {"": 2e-3}),
 }
 
@@ -89,10 +66,23 @@ METHODS: dict[str, Method] = {
 def find_method(name: str) -> Method:
     """Return a method by name. Raises AdapterError with the nearest known one."""
     if name not in METHODS:
-        raise AdapterError(
-            f"Unknown method {name!r}{suggest(name, METHODS)}. Known: {', '.join(METHODS)}."
-        )
+        raise AdapterError(f"Unknown method {name!r}{suggest(name, METHODS)}. Known: {', '.join(METHODS)}.")
     return METHODS[name]
+
+
+def check_combination(name: str, weight_decay: float, checkpointing: bool) -> None:
+    """Raise AdapterError for training settings that a method forbids, with what to do instead."""
+    method = find_method(name)
+    if weight_decay and not method.allows_weight_decay:
+        raise AdapterError(
+            f"training.weight_decay={weight_decay} with {method.title}: decay pulls its vectors to zero, which "
+            "switches layers off; they begin at one. Set training.weight_decay=0."
+        )
+    if checkpointing and not method.allows_checkpointing:
+        raise AdapterError(
+            f"{method.title} cannot be trained with activation checkpointing. "
+            "Set training.activation_checkpointing=false."
+        )
 
 
 def default_values(method: str, targets: Any = None) -> dict[str, Any]:

@@ -35,8 +35,7 @@ def check_targets(model: nn.Module, names: Iterable[str]) -> None:
     for name in names:
         if not any(layer == name or layer.endswith(f".{name}") for layer in layers):
             raise AdapterError(
-                f"The target {name!r} matches no layer{suggest(name, endings)}. "
-                f"This model has: {', '.join(linears)}."
+                f"The target {name!r} matches no layer{suggest(name, endings)}. This model has: {', '.join(linears)}."
             )
 
 

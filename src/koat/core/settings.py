@@ -52,7 +52,9 @@ class DataSettings(Section):
     """Training and validation data, and how rows become token sequences."""
 
     train: list[str] = Field(description="Files, folders or Hub ids to train on.", min_length=1)
-    validation: list[str] = Field(default_factory=list, description="Files to validate on; none: see validation_fraction.")
+    validation: list[str] = Field(
+        default_factory=list, description="Files to validate on; none: see validation_fraction."
+    )
     validation_fraction: Fraction = Field(
         0.0, description="Share of the training groups (articles, or rows) held out when `validation` is empty."
     )
@@ -67,7 +69,8 @@ class DataSettings(Section):
         "auto", description="What the files hold; `auto` looks at their content."
     )
     columns: dict[str, str] = Field(
-        default_factory=dict, description="Field of the template: column of the file, for example instruction: question."
+        default_factory=dict,
+        description="Field of the template: column of the file, for example instruction: question.",
     )
     values: dict[str, dict[str, str]] = Field(
         default_factory=dict, description="Words for coded values, for example label: {0: 부정, 1: 긍정}."

@@ -35,9 +35,7 @@ class ChatTemplate(PromptTemplate):
                 "instruction-tuned model's tokenizer, or another template (koalpaca, koat, alpaca)"
             )
         added = tokenizer.added_tokens_decoder.values()
-        marks = dict.fromkeys(
-            [*tokenizer.all_special_tokens, *(token.content for token in added if token.special)]
-        )
+        marks = dict.fromkeys([*tokenizer.all_special_tokens, *(token.content for token in added if token.special)])
         return replace(self, tokenizer=tokenizer, _marks=tuple(marks))
 
     def render(self, record: Record) -> list[Segment]:
@@ -51,13 +49,9 @@ class ChatTemplate(PromptTemplate):
             given = self._apply(turns[:index], record, generate=True)
             full = self._apply(turns[: index + 1], record, generate=False)
             if not full.startswith(given):
-                raise DataError(
-                    _explain_break(record, index, "begins an answer otherwise than it writes one", given)
-                )
+                raise DataError(_explain_break(record, index, "begins an answer otherwise than it writes one", given))
             if not given.startswith(done):
-                raise DataError(
-                    _explain_break(record, index, "rewrites earlier turns when later ones come", done)
-                )
+                raise DataError(_explain_break(record, index, "rewrites earlier turns when later ones come", done))
             answer = self._trim(full[len(given) :])
             segments += [Segment(given[len(done) :], supervised=False), Segment(answer, supervised=True)]
             done = given + answer
@@ -79,9 +73,7 @@ class ChatTemplate(PromptTemplate):
             raise ValueError("bind the chat template to a tokenizer before rendering with it")
         messages = [{"role": turn.role, "content": turn.text} for turn in turns]
         try:
-            text = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=generate
-            )
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
         except Exception as error:  # what a template raises is the template's choice
             roles = ", ".join(turn.role for turn in turns) or "none"
             raise DataError(

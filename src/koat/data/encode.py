@@ -111,12 +111,8 @@ def encode_records(
     _check_option("loss_on", loss_on, _MARKS)
     end = _find_end(tokenizer)
     report = EncodeReport(num_rows=len(records), num_templates=len(templates), max_length=max_length)
-    report.num_trailing = sum(
-        bool(record.turns) and record.turns[-1].role != "assistant" for record in records
-    )
-    examples = _make_examples(
-        records, [template.bind(tokenizer) for template in templates], tokenizer, end, report
-    )
+    report.num_trailing = sum(bool(record.turns) and record.turns[-1].role != "assistant" for record in records)
+    examples = _make_examples(records, [template.bind(tokenizer) for template in templates], tokenizer, end, report)
     report.longest = max(map(len, examples), default=0)
     if max_length is not None and report.longest > max_length:
         examples = _OVERFLOW[overflow](examples, tokenizer, max_length, report)
@@ -163,12 +159,8 @@ def _make_examples(
             else:
                 report.num_unsupervised += 1
                 report.left_out.append(record.source)
-    prompt_ids = _encode_once(
-        ("".join(s.text for s in given) for _, given, _ in rendered), tokenizer, encode_prompts
-    )
-    tail_ids = _encode_once(
-        (s.text for _, _, tail in rendered for s in tail), tokenizer, encode_continuations
-    )
+    prompt_ids = _encode_once(("".join(s.text for s in given) for _, given, _ in rendered), tokenizer, encode_prompts)
+    tail_ids = _encode_once((s.text for _, _, tail in rendered for s in tail), tokenizer, encode_continuations)
     examples = []
     for record, given, tail in rendered:
         runs = [(tail_ids[segment.text], segment.supervised) for segment in tail]
@@ -229,9 +221,7 @@ def _drop(
 def _truncate(
     examples: list[Example], tokenizer: PreTrainedTokenizerBase, max_length: int, report: EncodeReport
 ) -> list[Example]:
-    result = shorten_contexts(
-        [example for example in examples if len(example) > max_length], tokenizer, max_length
-    )
+    result = shorten_contexts([example for example in examples if len(example) > max_length], tokenizer, max_length)
     report.num_truncated = len(result.shortened)
     report.num_unfit = len(result.unfit)
     report.num_cut_away_answers = result.num_cut_away_answers

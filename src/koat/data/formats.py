@@ -26,11 +26,7 @@ def describe_value(value: Any) -> str:
     if value is None:
         return "nothing (null)"
     if isinstance(value, str):
-        return (
-            f"the text {value[:40] + '...' if len(value) > 40 else value!r}"
-            if value.strip()
-            else "empty text"
-        )
+        return f"the text {value[:40] + '...' if len(value) > 40 else value!r}" if value.strip() else "empty text"
     if isinstance(value, bool):
         return f"{to_text(value)}"
     if isinstance(value, (int, float)):
@@ -104,16 +100,10 @@ def _parse_prompt_completion(row: Mapping[str, Any], source: str) -> Record:
 def _parse_chat(row: Mapping[str, Any], source: str) -> Record:
     key = next((key for key in _CHAT_KEYS if key in row), "messages")
     if not isinstance(row.get(key), (list, tuple)):
-        raise RowProblem(
-            f"field {key!r} must be a list of messages, but holds {describe_value(row.get(key))}"
-        )
-    turns = tuple(
-        _parse_turn(turn, f"{key}[{index}]", *_CHAT_KEYS[key]) for index, turn in enumerate(row[key])
-    )
+        raise RowProblem(f"field {key!r} must be a list of messages, but holds {describe_value(row.get(key))}")
+    turns = tuple(_parse_turn(turn, f"{key}[{index}]", *_CHAT_KEYS[key]) for index, turn in enumerate(row[key]))
     if not any(turn.role == "assistant" for turn in turns):
-        raise RowProblem(
-            f"field {key!r} has {len(turns)} messages and none from the assistant: nothing to learn"
-        )
+        raise RowProblem(f"field {key!r} has {len(turns)} messages and none from the assistant: nothing to learn")
     fields = _others(row, key)
     talk = [turn for turn in turns if turn.role != "system"]
     if [turn.role for turn in talk] == ["user", "assistant"]:
@@ -124,9 +114,7 @@ def _parse_chat(row: Mapping[str, Any], source: str) -> Record:
 
 def _parse_turn(turn: Any, place: str, role_key: str, text_key: str) -> Turn:
     if not isinstance(turn, Mapping):
-        raise RowProblem(
-            f"{place} must be an object with {role_key!r} and {text_key!r}, not {describe_value(turn)}"
-        )
+        raise RowProblem(f"{place} must be an object with {role_key!r} and {text_key!r}, not {describe_value(turn)}")
     try:
         role, text = take_text(turn, role_key), take_text(turn, text_key)
     except RowProblem as problem:

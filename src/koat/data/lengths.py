@@ -105,8 +105,7 @@ def _count_bins(lengths: Integers) -> list[tuple[int, int, int]]:
     first = int(lengths.min() - 1) // width
     counts = np.bincount((lengths - 1) // width - first)
     return [
-        ((first + index) * width + 1, (first + index + 1) * width, int(count))
-        for index, count in enumerate(counts)
+        ((first + index) * width + 1, (first + index + 1) * width, int(count)) for index, count in enumerate(counts)
     ]
 
 
@@ -153,9 +152,7 @@ def _sum_common_prefixes(keyed: list[tuple[int, tuple[int, ...]]]) -> int:
         return 0
     lengths = np.array([len(ids) for _, ids in keyed], dtype=np.int64)
     starts = np.cumsum(lengths) - lengths
-    tokens = np.fromiter(
-        (token for _, ids in keyed for token in ids), dtype=np.int64, count=int(lengths.sum())
-    )
+    tokens = np.fromiter((token for _, ids in keyed for token in ids), dtype=np.int64, count=int(lengths.sum()))
     keys = np.array([key for key, _ in keyed])
     span = np.minimum(lengths[:-1], lengths[1:])
     span[keys[:-1] != keys[1:]] = 0

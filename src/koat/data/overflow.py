@@ -52,9 +52,7 @@ class Shortening:
     num_cut_away_answers: int
 
 
-def shorten_contexts(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> Shortening:
+def shorten_contexts(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Shortening:
     """Shorten the contexts of examples that are longer than `max_length` tokens, from the end, in place.
 
     Examples on the same context are cut at the same character, so that they still begin alike. An example
@@ -79,16 +77,12 @@ def shorten_contexts(
         cut += [(member, context, kept) for member in fitting]
     for member, _, kept in cut:
         _replace_context(member, kept)
-    prompts = encode_prompts(
-        ["".join(segment.text for segment in member.given) for member, _, _ in cut], tokenizer
-    )
+    prompts = encode_prompts(["".join(segment.text for segment in member.given) for member, _, _ in cut], tokenizer)
     for (member, context, kept), ids in zip(cut, prompts, strict=True):
         member.prompt_ids = ids
         # A shorter context can, rarely, be one token more: then a sibling's cut does not do for this one.
         (result.shortened if len(member) <= max_length else result.unfit).append(member)
-        result.num_cut_away_answers += len(member) <= max_length and _loses_answer(
-            member.record, context, kept
-        )
+        result.num_cut_away_answers += len(member) <= max_length and _loses_answer(member.record, context, kept)
     return result
 
 

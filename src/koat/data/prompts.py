@@ -26,9 +26,7 @@ __all__ = [
 
 _QUESTION = "### 질문: {instruction}"
 _ANSWER = "### 답변:"
-_STANFORD = (
-    "Write a response that appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n"
-)
+_STANFORD = "Write a response that appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n"
 
 
 def _join(*parts: str) -> str:
@@ -61,9 +59,7 @@ KOALPACA_CONTEXT = TextTemplate(
 A forest computes those once; with the question first, nothing but the first word is shared.
 """
 
-KOALPACA_QUESTION_FIRST = TextTemplate(
-    "koalpaca-question-first", (_join(_QUESTION, "### 맥락: {context}", _ANSWER),)
-)
+KOALPACA_QUESTION_FIRST = TextTemplate("koalpaca-question-first", (_join(_QUESTION, "### 맥락: {context}", _ANSWER),))
 """KoAlpaca's original order; every row must have a context."""
 
 KOAT = TextTemplate(
@@ -106,9 +102,7 @@ def resolve_template(
     templates = [_resolve_one(item) for item in listed]
     for index, template in enumerate(templates):
         if template in templates[:index]:
-            raise DataError(
-                f"template {template.name!r} is listed twice; every row would be trained on twice"
-            )
+            raise DataError(f"template {template.name!r} is listed twice; every row would be trained on twice")
     return templates
 
 
@@ -133,9 +127,7 @@ def from_mapping(mapping: Mapping[str, Any]) -> PromptTemplate:
     """Rebuild a template from what its `to_mapping` gave; raise DataError for anything else."""
     kind = str(mapping.get("kind"))
     if kind not in _KINDS:
-        raise DataError(
-            f"a saved template has the kind {kind!r}{suggest(kind, _KINDS)}; known: {', '.join(_KINDS)}"
-        )
+        raise DataError(f"a saved template has the kind {kind!r}{suggest(kind, _KINDS)}; known: {', '.join(_KINDS)}")
     try:
         return _KINDS[kind](mapping)
     except (KeyError, TypeError) as error:

@@ -58,9 +58,7 @@ def clean_text(name: str, text: str) -> str:
     Raises DataError for an unknown name.
     """
     if name not in _CLEANERS:
-        raise DataError(
-            f"unknown cleaning {name!r}{suggest(name, _CLEANERS)}; there are: {join_names(_CLEANERS)}"
-        )
+        raise DataError(f"unknown cleaning {name!r}{suggest(name, _CLEANERS)}; there are: {join_names(_CLEANERS)}")
     return _CLEANERS[name](text)
 
 
@@ -124,11 +122,7 @@ def _open_rows(path_or_id: str, format: str) -> tuple[str, list[RawRow]]:
     header = text.lstrip("\n\r").split("\n", 1)[0]
     delimiter = guess_delimiter(header, suffix)
     if not delimiter or format not in ("auto", "table"):
-        what = (
-            f"a table with the columns {header!r:.80}"
-            if delimiter
-            else f"text that starts with {header!r:.80}"
-        )
+        what = f"a table with the columns {header!r:.80}" if delimiter else f"text that starts with {header!r:.80}"
         raise DataError(_refuse_format(path_or_id, f"it holds {what}", format))
     return "table", list(read_table(text, path_or_id, delimiter)[1])
 
@@ -152,9 +146,7 @@ def _keys(value: Any) -> Mapping[str, Any]:
 
 def _recognise(name: str, rows: Sequence[RawRow], columns: Mapping[str, str], *, plain: bool) -> str:
     """Return the format of the first rows that have one; `plain` takes any other keys as they are."""
-    heads = [
-        set(_keys(row.value)) - set(columns.values()) | set(columns) for row in rows[:100] if not row.problem
-    ]
+    heads = [set(_keys(row.value)) - set(columns.values()) | set(columns) for row in rows[:100] if not row.problem]
     # The file's own keys count too: a mapping onto a conversation's fields hides nothing.
     heads += [set(_keys(row.value)) for row in rows[:100] if not row.problem]
     found = next((kind for kind in map(recognise_format, heads) if kind), "")
@@ -254,9 +246,7 @@ class _Refiner:
             clean_text(rule, "")
         inside = sorted({"instruction", "output"} & (clean.keys() | values.keys()))
         if inside and any(record.turns for record in records):
-            raise DataError(
-                f"{name}: clean and values do not reach into conversations ({join_names(inside)})"
-            )
+            raise DataError(f"{name}: clean and values do not reach into conversations ({join_names(inside)})")
 
     def __call__(self, record: Record, source: str) -> Record:
         fields = dict(record.fields)
@@ -268,9 +258,7 @@ class _Refiner:
             if key not in fields:
                 raise RowProblem(f"field {key!r} is missing; the row has: {join_names(fields)}")
             if fields[key] not in words:
-                raise RowProblem(
-                    f"field {key!r} holds {fields[key]!r}; values has words for: {join_names(words)}"
-                )
+                raise RowProblem(f"field {key!r} holds {fields[key]!r}; values has words for: {join_names(words)}")
             fields[key] = words[fields[key]]
         _check_characters(fields, record.turns)
         if not fields.get("output", "-").strip():

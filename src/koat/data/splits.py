@@ -43,9 +43,7 @@ def split_by_title(records: Sequence[Record], split_file: str | Path, part: str)
     parts = read_split_file(split_file)
     names = dict.fromkeys(parts.values())
     if part not in names:
-        raise DataError(
-            f"{split_file}: has no part {part!r}{suggest(part, names)}; it has: {join_names(names)}"
-        )
+        raise DataError(f"{split_file}: has no part {part!r}{suggest(part, names)}; it has: {join_names(names)}")
     untitled = [record for record in records if not record.fields.get("title")]
     if untitled:
         raise DataError(

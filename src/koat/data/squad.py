@@ -25,9 +25,7 @@ def read_questions(document: Any, name: str) -> Iterator[RawRow]:
     """
     if not is_squad_document(document):
         found = join_names(document) if isinstance(document, Mapping) else describe_value(document)
-        raise DataError(
-            f"{name}: is not in the SQuAD format: 'data' with 'paragraphs' is expected; found: {found}"
-        )
+        raise DataError(f"{name}: is not in the SQuAD format: 'data' with 'paragraphs' is expected; found: {found}")
     for index, article in enumerate(document["data"]):
         place = f"{name}: data[{index}]"
         for where, paragraph in _walk(article, "paragraphs", place):
@@ -72,11 +70,7 @@ def find_misplaced_answers(row: Mapping[str, Any]) -> list[str]:
             continue
         found = context[start : start + len(text)] if 0 <= start <= len(context) else None
         if found is None:
-            notes.append(
-                f"answers[{index}]: answer_start {start} lies outside the context (0 to {len(context)})"
-            )
+            notes.append(f"answers[{index}]: answer_start {start} lies outside the context (0 to {len(context)})")
         elif found != text:
-            notes.append(
-                f"answers[{index}]: at answer_start {start} stands {found!r}, the answer is {text!r}"
-            )
+            notes.append(f"answers[{index}]: at answer_start {start} stands {found!r}, the answer is {text!r}")
     return notes

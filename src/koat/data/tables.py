@@ -32,9 +32,7 @@ def read_table(text: str, name: str, delimiter: str) -> tuple[list[str], Iterato
     columns = [cell.strip() or f"column_{index}" for index, cell in enumerate(header, 1)]
     twice = sorted({column for column in columns if columns.count(column) > 1})
     if problem or twice:
-        reason = (
-            problem or f"the header names {join_names(twice)} more than once; each column needs its own name"
-        )
+        reason = problem or f"the header names {join_names(twice)} more than once; each column needs its own name"
         raise DataError(f"{name}:{number}: {reason}")
     return columns, _pair_rows(lines, columns, name)
 
@@ -44,11 +42,7 @@ def _pair_rows(lines: Iterator[Cells], columns: list[str], name: str) -> Iterato
         source = f"{name}:{number}"
         if not problem and len(cells) != len(columns):
             problem = f"has {len(cells)} columns, but the header names {len(columns)}: {join_names(columns)}"
-        yield (
-            RawRow(source, problem=problem)
-            if problem
-            else RawRow(source, dict(zip(columns, cells, strict=True)))
-        )
+        yield (RawRow(source, problem=problem) if problem else RawRow(source, dict(zip(columns, cells, strict=True))))
 
 
 def _split_tsv(text: str) -> Iterator[Cells]:

@@ -56,17 +56,13 @@ def render_mask(plan: AttentionPlan, position: Tensor, subtree_end: Tensor, dtyp
     return rendered[plan.windows[0][1]]
 
 
-def _render_one(
-    kernel: Kernel, position: Tensor, subtree_end: Tensor, window: int | None, dtype: torch.dtype
-) -> Any:
+def _render_one(kernel: Kernel, position: Tensor, subtree_end: Tensor, window: int | None, dtype: torch.dtype) -> Any:
     if kernel == "flex":
         return make_block_mask(position, subtree_end, window)
     visible = make_visible(position, subtree_end, window)
     if kernel == "sdpa":
         return visible
-    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(
-        ~visible, torch.finfo(dtype).min
-    )
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, torch.finfo(dtype).min)
 
 
 def make_visible(position: Tensor, subtree_end: Tensor, window: int | None = None) -> Tensor:
@@ -110,7 +106,10 @@ def make_block_mask(position: Tensor, subtree_end: Tensor, window: int | None = 
         return seen
 
     return BlockMask.from_kv_blocks(
-        *_list_blocks(partial), *_list_blocks(full), BLOCK_SIZE=FLEX_BLOCK, mask_mod=visible,
+        *_list_blocks(partial),
+        *_list_blocks(full),
+        BLOCK_SIZE=FLEX_BLOCK,
+        mask_mod=visible,
         seq_lengths=(length, length),
     )
 

@@ -76,7 +76,7 @@ def head_logprobs(
     order = torch.argsort(row, stable=True)
     bounds = torch.searchsorted(row[order].contiguous(), torch.arange(0, len(unique) + chunk, chunk, device=row.device))
     parts = []
-    for number, part in enumerate(states.split(chunk)):
+    for number, part in enumerate(torch.split(states, chunk)):
         chosen = order[bounds[number] : bounds[number + 1]]
         arguments = (part, row[chosen] - number * chunk, target[chosen])
         parts.append(

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from collections.abc import Sequence as ListLike
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from koat.core.sequence import Sequence
@@ -25,8 +26,9 @@ class RowCost:
 
     quadratic: float
 
-    def __call__(self, length: np.ndarray) -> np.ndarray:
-        return length + length * length * self.quadratic
+    def __call__(self, length: NDArray[np.float64]) -> NDArray[np.float64]:
+        cost: NDArray[np.float64] = length + length * length * self.quadratic
+        return cost
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +51,8 @@ class MicroBatch:
 
     def to(self, device: torch.device | str) -> MicroBatch:
         """Return the same micro-batch on another device."""
-        tensors = (self.token_ids, self.position, self.subtree_end, self.source, self.target, self.owner)
-        return MicroBatch(*(tensor.to(device) for tensor in tensors), rows=self.rows, num_tokens=self.num_tokens)
+        names = ("token_ids", "position", "subtree_end", "source", "target", "owner")
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
 
 def plan_rows(sequences: ListLike[Sequence], cost: RowCost, max_length: int) -> list[list[int]]:
@@ -86,9 +88,7 @@ def plan_separate_rows(sequences: ListLike[Sequence]) -> list[list[int]]:
     return [[index] for index in range(len(sequences))]
 
 
-def collate_rows(
-    sequences: ListLike[Sequence], rows: ListLike[ListLike[int]], length_multiple: int = 1
-) -> MicroBatch:
+def collate_rows(sequences: ListLike[Sequence], rows: ListLike[ListLike[int]], length_multiple: int = 1) -> MicroBatch:
     """Build one forest per row and lay the rows side by side, padded to a multiple of `length_multiple`."""
     forests = [build_forest([sequences[index] for index in row], range(len(row))) for row in rows]
     longest = bucket_length(max(len(forest) for forest in forests), length_multiple)
@@ -148,5 +148,3 @@ def batch_rows(
         pending.append(rows[number])
     if pending:
         yield collate_rows(sequences, pending, length_multiple)
-
-

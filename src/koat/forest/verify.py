@@ -82,7 +82,7 @@ def measure_difference(model: nn.Module, sequences: ListLike[Sequence], layout: 
     for batch in cut_sequences(sequences, layout, token_budget=4096):
         batch = batch.to(device)
         found = token_logprobs(model, batch, layout)
-        for owner in batch.owner.unique().tolist():
+        for owner in torch.unique(batch.owner).tolist():
             worst = max(worst, float((found[batch.owner == owner] - expected[owner]).abs().max()))
     return worst if np.isfinite(worst) else float("inf")
 
@@ -154,7 +154,7 @@ def list_candidates(config: Any, kernel: Kernel) -> list[Layout]:
     """Return the layouts worth trying, the most sharing first."""
     windows = find_windows(config)
     cost = estimate_row_cost(config, kernel)
-    longest = int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", 2048))
+    longest = int(getattr(config, "max_position_embeddings", None) or 2048)
     limit = max(longest, 2048) if kernel != "flex" else max(longest, 8192)
     by_type = AttentionPlan(kernel, tuple(windows.items()), by_type=True)
     single = AttentionPlan(kernel, tuple(windows.items())[:1])

@@ -9,7 +9,7 @@ from koat.report.tables import format_score, make_table, print_table
 
 def list_score_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
     """Return a row per score of an evaluation."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for result in report["results"]:
         for scoring, score in result["scores"].items():
             shown = format_score(score) + ("" if score["meaningful"] else "  not meaningful")

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -58,9 +59,11 @@ def load_checkpoint(path: Path, model: PeftModel, optimizer: torch.optim.Optimiz
         restore_optimizer(optimizer, load_file(path / "optimizer.safetensors"))
         write_random_state(load_file(path / "random.safetensors"))
         best = load_file(path / "best.safetensors") if (path / "best.safetensors").is_file() else {}
-    except (OSError, ValueError) as error:
-        raise RunFolderError(f"The checkpoint {path} cannot be read ({error}). Remove it to use the one before.") from error
-    return TrainingState(**facts, best=best)
+        return TrainingState(**facts, best=best)
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+        raise RunFolderError(
+            f"The checkpoint {path} cannot be read ({error}). Remove it to use the one before."
+        ) from error
 
 
 def flatten_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

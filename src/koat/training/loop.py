@@ -105,12 +105,13 @@ def sum_over_processes(model: nn.Module, loss_sum: Tensor, accelerator: Accelera
     parameters = [p for p in model.parameters() if p.requires_grad]
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     flat = torch.cat([*(g.float().flatten() for g in gradients), loss_sum.float().view(1).to(accelerator.device)])
-    flat = accelerator.reduce(flat, reduction="sum")  # type: ignore[assignment]
+    flat = accelerator.reduce(flat, reduction="sum")
     offset = 0
     for parameter in parameters:
         parameter.grad = flat[offset : offset + parameter.numel()].view_as(parameter).to(parameter.dtype)
         offset += parameter.numel()
-    return flat[-1].double().cpu()
+    total: Tensor = flat[-1].double().cpu()
+    return total
 
 
 def train(

@@ -88,7 +88,12 @@ def train_and_evaluate(method: str, out: Path) -> DemoRow:
     report = evaluate_on_samples(str(run.path), None)
     result = run.read_manifest()["result"]
     return DemoRow(
-        method, plan.trainable_parameters, plan.total_parameters, result["training_seconds"], result["peak_bytes"], report
+        method,
+        plan.trainable_parameters,
+        plan.total_parameters,
+        result["training_seconds"],
+        result["peak_bytes"],
+        report,
     )
 
 
@@ -104,7 +109,10 @@ def print_demo(rows: list[DemoRow]) -> None:
     columns = ("method", "trained", "of the model", "training", "peak memory", "s / item", "prompt 1", "prompt 2")
     table = make_table("koat demo: 250 reviews to train on, 160 to test on, no shots", columns, map(list_cells, rows))
     print_table(table)
-    print("Accuracy by label likelihood, 95 % Wilson intervals. The base chooses between two words it was never asked for.")
+    print(
+        "Accuracy by label likelihood, 95 % Wilson intervals. The base chooses between two words "
+        "it was never asked for."
+    )
 
 
 def list_cells(row: DemoRow) -> tuple[str, ...]:

@@ -25,12 +25,15 @@ class Examples:
     validation: list[Sequence]
     templates: list[PromptTemplate]
     reports: dict[str, EncodeReport]
+    remarks: list[str]
+    """Rows that were skipped and answers that do not stand where the file says."""
 
 
 def load_examples(settings: DataSettings, tokenizer: Any, context_length: int | None, seed: int) -> Examples:
     """Read and encode all that `settings` names. Raises DataError when nothing is left to train on."""
     templates = resolve_template(settings.template)
-    train, validation = divide_records(settings, seed)
+    remarks: list[str] = []
+    train, validation = divide_records(settings, seed, remarks)
     limits = [length for length in (settings.max_length, context_length) if length]
     encoded = {
         part: encode_records(
@@ -48,37 +51,43 @@ def load_examples(settings: DataSettings, tokenizer: Any, context_length: int | 
         raise DataError(f"No training example is left of {', '.join(settings.train)}. See `koat data inspect`.")
     held_out = encoded["validation"].sequences if "validation" in encoded else []
     reports = {part: found.report for part, found in encoded.items()}
-    return Examples(encoded["train"].sequences, held_out, templates, reports)
+    return Examples(encoded["train"].sequences, held_out, templates, reports, remarks)
 
 
-def divide_records(settings: DataSettings, seed: int) -> tuple[list[Record], list[Record]]:
-    """Return (training, validation) records as the settings divide them."""
-    everything = read_all(settings, settings.train)
+def divide_records(settings: DataSettings, seed: int, remarks: list[str]) -> tuple[list[Record], list[Record]]:
+    """Return (training, validation) records as the settings divide them; `remarks` gets what was passed over."""
+    everything = read_all(settings, settings.train, remarks)
     if settings.splits is not None:
         train = split_by_title(everything, settings.splits, "train")
         validation = split_by_title(everything, settings.splits, "validation")
     elif settings.validation:
-        train, validation = everything, read_all(settings, settings.validation)
+        train, validation = everything, read_all(settings, settings.validation, remarks)
     else:
         train, validation = hold_out(everything, settings.validation_fraction, seed)
     rng = random.Random(seed)
     return draw(train, settings.limit, rng), draw(validation, settings.validation_limit, rng)
 
 
-def read_all(settings: DataSettings, paths: list[str]) -> list[Record]:
+def read_all(settings: DataSettings, paths: list[str], remarks: list[str]) -> list[Record]:
     """Read the records of several files, folders or Hub ids."""
-    return [
-        record
-        for path in paths
-        for record in read_records(
+    records = []
+    for path in paths:
+        found = read_records(
             path,
             format=settings.format,
             columns=settings.columns,
             values=settings.values,
             clean=settings.clean,
             on_bad_row=settings.on_bad_row,
-        ).records
-    ]
+        )
+        records += found.records
+        for what, lines in (
+            ("broken rows skipped", found.bad_rows),
+            ("answers not where the file says", found.warnings),
+        ):
+            if lines:
+                remarks.append(f"{path}: {len(lines)} {what}, the first: {lines[0]}")
+    return records
 
 
 def hold_out(records: list[Record], fraction: float, seed: int) -> tuple[list[Record], list[Record]]:

@@ -8,11 +8,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from peft import PeftModel
 from torch import nn
 
 from koat.adapters.attach import attach_adapter, count_trainable, save_adapter
+from koat.adapters.methods import check_combination
 from koat.core.atomic import atomic_folder, write_json
 from koat.core.config import Resolved, to_mapping
 from koat.core.errors import ConfigError, RunFolderError
@@ -56,43 +59,53 @@ def finetune_run(
     latest checkpoint, bit for bit as if it had not stopped. Raises KoatError for what a user can mend.
     """
     config: RunConfig = resolved.settings
-    # The folder is claimed first and stays empty until all that can be wrong with files and settings is known.
-    run = open_run(config, out, resume, overwrite)
+    check_combination(config.adapter.method, config.training.weight_decay, config.training.activation_checkpointing)
+    model_settings = settle_dtype(config.model, config.training)
+    accelerator = make_accelerator(model_settings, config.training)
+    main = accelerator.is_main_process
+    say = say if main else lambda text: None
+    run = claim_run(config, out, resume, overwrite) if main else RunFolder(out)
     tokenizer, base_config = load_tokenizer(config.model), load_config(config.model)
     examples = load_examples(config.data, tokenizer, find_context_length(base_config), config.training.seed)
+    for remark in examples.remarks:
+        say(f"! {remark}")
     for part, report in examples.reports.items():
         for line in report.lines():
             say(f"{part}: {line}")
 
-    model_settings = settle_dtype(config.model, config.training)
-    accelerator = make_accelerator(model_settings, config.training)
     base = load_model(model_settings)
+    num_base = count_parameters(base)
     model = attach_adapter(base, config.adapter, config.training.seed)
     layout, verification = choose_layout(model, config.model)
     say(describe_layout(verification))
     say(
-        f"{config.adapter.method}: {count_trainable(model):,} of {count_parameters(base):,} parameters are trained "
-        f"({count_trainable(model) / count_parameters(base):.3%})"
+        f"{config.adapter.method}: {count_trainable(model):,} of {num_base:,} parameters are trained "
+        f"({count_trainable(model) / num_base:.3%})"
     )
     if config.training.activation_checkpointing:
         enable_checkpointing(model)
     began = time.time()
     manifest = describe_run(config, model, base_config, verification, examples)
-    run.write_config(to_mapping(config))
-    run.write_manifest(manifest)
+    if main:
+        begin_run(run, config, manifest, resume, overwrite)
+    accelerator.wait_for_everyone()
 
     with Cost(accelerator.device) as cost:
         result = train_in_folder(run, model, examples, layout, config.training, accelerator, resume, on_step)
-    if accelerator.is_main_process:
+    if main:
         save_result(run, model, tokenizer, examples.templates[0])
         run.write_manifest({**manifest, **describe_result(result, cost), "started": began, "finished": True})
+    accelerator.wait_for_everyone()
     return run
 
 
-def open_run(config: RunConfig, out: Path, resume: bool, overwrite: bool) -> RunFolder:
-    """Make the run folder, or open it to go on, refusing to go on under other settings."""
+def claim_run(config: RunConfig, out: Path, resume: bool, overwrite: bool) -> RunFolder:
+    """Make an empty run folder, or open it to go on, refusing to go on under other settings.
+
+    A run that is to be replaced stays until `begin_run`, when nothing can be wrong with the new one any more.
+    """
     if not resume:
-        return RunFolder.create(out, overwrite=overwrite)
+        return RunFolder(out) if overwrite else RunFolder.create(out)
     run = RunFolder.open(out, require=("config.yaml",))
     if run.is_complete():
         raise RunFolderError(f"The run in {out} is finished; there is nothing to resume.")
@@ -111,8 +124,27 @@ def open_run(config: RunConfig, out: Path, resume: bool, overwrite: bool) -> Run
     return run
 
 
+def begin_run(run: RunFolder, config: RunConfig, manifest: dict[str, Any], resume: bool, overwrite: bool) -> None:
+    """Write configuration and manifest. Raises RunFolderError when a resumed run's data or base has changed."""
+    if overwrite and not resume:
+        RunFolder.create(run.path, overwrite=True)
+    if resume and run.manifest.exists():
+        stored = run.read_manifest()
+        changed = [part for part in ("data", "base", "templates") if stored.get(part) != manifest[part]]
+        if changed:
+            raise RunFolderError(
+                f"The run in {run.path} cannot go on: its {' and '.join(changed)} changed since it began. "
+                "Put back what it was trained on, or begin another run with another `out`."
+            )
+    run.write_config(to_mapping(config))
+    run.write_manifest(manifest)
+
+
 def make_accelerator(model: ModelSettings, training: TrainingSettings) -> Accelerator:
     """Return the Accelerator; autocast only where float32 weights are trained in bfloat16."""
+    if not torch.distributed.is_initialized():
+        # Accelerate keeps the first run's device and precision for the whole process, and refuses others.
+        AcceleratorState._reset_state(reset_partial_state=True)
     mixed = "bf16" if model.dtype == "float32" and training.precision == "bfloat16" else "no"
     return Accelerator(cpu=pick_device(model.device).type == "cpu", mixed_precision=mixed)
 
@@ -183,7 +215,7 @@ def train_in_folder(
     """Train with metrics and checkpoints in the run folder."""
     latest = run.latest_checkpoint() if resume else None
     kept = int(latest.name.removeprefix("step-")) if latest else 0
-    if resume:
+    if resume and accelerator.is_main_process:
         truncate_lines(run.metrics, lambda line: int(line["step"]) <= kept)
 
     def record_step(record: StepRecord) -> None:
@@ -231,5 +263,3 @@ def describe_result(result: TrainingResult, cost: Cost) -> dict[str, Any]:
             "peak_bytes": cost.peak_bytes,
         }
     }
-
-

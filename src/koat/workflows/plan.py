@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from koat.adapters.attach import attach_adapter, count_trainable
+from koat.adapters.methods import check_combination
 from koat.core.config import Section
 from koat.forest.score import unwrap
 from koat.model import build_empty, count_parameters, load_config, pick_device, pick_dtype, settle_dtype
@@ -44,6 +45,7 @@ class Plan:
 
 def plan_run(config: PlanConfig) -> Plan:
     """Plan a run: exact counts, and an estimate of its memory while training."""
+    check_combination(config.adapter.method, config.training.weight_decay, config.training.activation_checkpointing)
     model_settings = settle_dtype(config.model, config.training)
     base_config = load_config(config.model)
     dtype = pick_dtype(model_settings.dtype, pick_device(model_settings.device))
@@ -98,9 +100,7 @@ def linear_part(config: Any, adapter: Section, dtype: torch.dtype, num_layers: i
     return short - slope * PROBE_LENGTHS[0]
 
 
-def count_kept_bytes(
-    config: Any, adapter: Section, dtype: torch.dtype, num_layers: int, length: int
-) -> float:
+def count_kept_bytes(config: Any, adapter: Section, dtype: torch.dtype, num_layers: int, length: int) -> float:
     """Return the bytes per token kept for backward by one row of `length` tokens, weights not counted."""
     config = copy.deepcopy(config)
     config.num_hidden_layers = num_layers

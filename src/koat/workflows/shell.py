@@ -21,8 +21,8 @@ def quiet_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from transformers.utils import logging as transformers_logging
 
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning)
 
@@ -54,9 +54,9 @@ def run_finetune(resolved: Resolved[Any], out: Path, *, resume: bool, overwrite:
     quiet_libraries()
     from koat.workflows.finetune import finetune_run
 
-    run = finetune_run(
-        resolved, out, resume=resume, overwrite=overwrite, say=print, on_step=TrainingDisplay().show
-    )
+    run = finetune_run(resolved, out, resume=resume, overwrite=overwrite, say=print, on_step=TrainingDisplay().show)
+    if int(os.environ.get("RANK", "0")) > 0:  # one of several processes speaks
+        return
     result = run.read_manifest()["result"]
     saved = result["tokens"] / max(1, result["unique_tokens"])
     print(
