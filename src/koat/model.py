@@ -167,7 +167,9 @@ def find_context_length(config: Any) -> int | None:
 
 def fingerprint_base(settings: ModelSettings, config: Any) -> str:
     """Return a short hash that tells base models apart: configuration, weight files' headers and ends."""
-    digest = hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True, default=str).encode())
+    # Where a model lies and what last wrote its configuration do not make it another model.
+    facts = {key: value for key, value in config.to_dict().items() if key[0] != "_" and key != "transformers_version"}
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
     where = Path(locate_base(settings.base))
     for path in sorted(where.glob("*.safetensors")) if where.is_dir() else []:
         with path.open("rb") as file:

@@ -37,12 +37,26 @@ class Forest:
         return len(self.token_ids)
 
 
-def sort_sequences(sequences: ListLike[Sequence]) -> list[int]:
-    """Return the indices of `sequences` in lexicographic order of their tokens."""
-    return sorted(range(len(sequences)), key=lambda index: sequences[index].token_ids)
+Tokens = tuple[int, ...]
 
 
-def count_shared(left: tuple[int, ...], right: tuple[int, ...]) -> int:
+def take_inputs(sequence: Sequence) -> Tokens:
+    """Return the tokens of a sequence that have to be computed: those before its last target.
+
+    What stands behind predicts nothing. A sequence without targets is kept whole.
+    """
+    if not any(sequence.supervised):
+        return sequence.token_ids
+    last = len(sequence) - 1 - sequence.supervised[::-1].index(True)
+    return sequence.token_ids[:last]
+
+
+def sort_inputs(inputs: ListLike[Tokens]) -> list[int]:
+    """Return the indices of token sequences in lexicographic order."""
+    return sorted(range(len(inputs)), key=inputs.__getitem__)
+
+
+def count_shared(left: Tokens, right: Tokens) -> int:
     """Return the length of the longest common prefix of two token sequences."""
     length = min(len(left), len(right))
     if left[:length] == right[:length]:
@@ -58,24 +72,24 @@ def count_shared(left: tuple[int, ...], right: tuple[int, ...]) -> int:
     return low
 
 
-def measure_shared(sequences: ListLike[Sequence], order: ListLike[int]) -> IntArray:
-    """Return, for each sequence of `order`, the length of the prefix it shares with the one before it."""
+def measure_shared(inputs: ListLike[Tokens], order: ListLike[int]) -> IntArray:
+    """Return, for each token sequence of `order`, the length of the prefix it shares with the one before it."""
     shared = np.zeros(len(order), dtype=np.int64)
     for place in range(1, len(order)):
-        before, this = sequences[order[place - 1]], sequences[order[place]]
-        shared[place] = count_shared(before.token_ids, this.token_ids)
+        shared[place] = count_shared(inputs[order[place - 1]], inputs[order[place]])
     return shared
 
 
 def build_forest(sequences: ListLike[Sequence], order: ListLike[int] | None = None) -> Forest:
-    """Lay out `sequences` as a forest of T distinct tokens.
+    """Lay out `sequences` as a forest of T distinct tokens, each sequence up to its last target.
 
     `order` is the lexicographic order where the caller has it already. `owner` refers to places in
     `sequences`. Sequences that are equal, or begin alike, share their tokens; each keeps its predictions.
     """
-    order = sort_sequences(sequences) if order is None else order
-    shared = measure_shared(sequences, order)
-    lengths = np.array([len(sequences[index]) for index in order], dtype=np.int64)
+    inputs = [take_inputs(sequence) for sequence in sequences]
+    order = sort_inputs(inputs) if order is None else order
+    shared = measure_shared(inputs, order)
+    lengths = np.array([len(inputs[index]) for index in order], dtype=np.int64)
     ends = np.cumsum(lengths - shared)
     total = int(ends[-1]) if len(ends) else 0
     token_ids, position = np.empty(total, np.int64), np.empty(total, np.int64)
@@ -84,10 +98,10 @@ def build_forest(sequences: ListLike[Sequence], order: ListLike[int] | None = No
     sources, targets, owners = [], [], []
     for place, index in enumerate(order):
         sequence, kept, end = sequences[index], int(shared[place]), int(ends[place])
-        start = end - (len(sequence) - kept)
+        start = end - (len(inputs[index]) - kept)
         subtree_end[path[kept:]] = start
-        token_ids[start:end] = sequence.token_ids[kept:]
-        position[start:end] = np.arange(kept, len(sequence))
+        token_ids[start:end] = inputs[index][kept:]
+        position[start:end] = np.arange(kept, len(inputs[index]))
         path = np.concatenate([path[:kept], np.arange(start, end)])
         at = np.flatnonzero(sequence.supervised)
         sources.append(path[at - 1])

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from koat.core.sequence import Sequence
-from koat.forest.build import build_forest, measure_shared, sort_sequences
+from koat.forest.build import Tokens, build_forest, measure_shared, sort_inputs, take_inputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +61,10 @@ def plan_rows(sequences: ListLike[Sequence], cost: RowCost, max_length: int) -> 
     A sequence longer than `max_length` gets a row of its own. Returns indices into `sequences`, each row in
     lexicographic order. Exact among all divisions of the sorted sequences into runs.
     """
-    order = sort_sequences(sequences)
-    lengths = np.array([len(sequences[index]) for index in order], dtype=np.int64)
-    shared = measure_shared(sequences, order)
+    inputs = [take_inputs(sequence) for sequence in sequences]
+    order = sort_inputs(inputs)
+    lengths = np.array([len(inputs[index]) for index in order], dtype=np.int64)
+    shared = measure_shared(inputs, order)
     fresh = np.concatenate([[0], np.cumsum(lengths - shared)])
     best = np.zeros(len(order) + 1)
     cut = np.zeros(len(order) + 1, dtype=np.int64)
@@ -123,10 +124,9 @@ def bucket_length(length: int, multiple: int) -> int:
     return -(-length // multiple) * multiple
 
 
-def count_tokens(sequences: ListLike[Sequence], row: ListLike[int]) -> int:
+def count_tokens(inputs: ListLike[Tokens], row: ListLike[int]) -> int:
     """Return how many distinct tokens a row (in lexicographic order) holds."""
-    lengths = sum(len(sequences[index]) for index in row)
-    return lengths - int(measure_shared(sequences, row).sum())
+    return sum(len(inputs[index]) for index in row) - int(measure_shared(inputs, row).sum())
 
 
 def batch_rows(
@@ -137,7 +137,8 @@ def batch_rows(
     Longest rows first, so that memory runs out at once or not at all. A row longer than the budget travels
     alone.
     """
-    sizes = [-(-count_tokens(sequences, row) // length_multiple) * length_multiple for row in rows]
+    inputs = [take_inputs(sequence) for sequence in sequences]
+    sizes = [bucket_length(count_tokens(inputs, row), length_multiple) for row in rows]
     pending: list[ListLike[int]] = []
     longest = 0
     for number in sorted(range(len(rows)), key=lambda n: (-sizes[n], n)):

@@ -1,0 +1,41 @@
+"""Intervals against SciPy, and by simulation."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy.stats import binomtest
+
+from koat.evaluation.metrics import score_accuracy, wilson_interval
+
+
+@pytest.mark.parametrize("num_items", [1, 2, 7, 150, 500, 5000])
+@pytest.mark.parametrize("confidence", [0.8, 0.95, 0.99])
+def test_wilson_is_scipys(num_items: int, confidence: float) -> None:
+    for num_right in {0, 1, num_items // 3, num_items // 2, num_items - 1, num_items}:
+        expected = binomtest(num_right, num_items).proportion_ci(confidence, method="wilson")
+        assert wilson_interval(num_right, num_items, confidence) == pytest.approx(tuple(expected), abs=1e-12)
+
+
+def test_wilson_covers_the_truth_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(0)
+    for truth in (0.5, 0.7, 0.9):
+        intervals = [wilson_interval(int(right), 200) for right in rng.binomial(200, truth, 4000)]
+        covered = np.mean([low <= truth <= high for low, high in intervals])
+        assert 0.93 <= covered <= 0.97
+
+
+def test_no_items_are_no_share() -> None:
+    for num_right, num_items in ((0, 0), (3, 2), (-1, 2)):
+        with pytest.raises(ValueError, match="no share"):
+            wilson_interval(num_right, num_items)
+
+
+def test_accuracy_carries_its_interval() -> None:
+    score = score_accuracy([True] * 332 + [False] * 168)
+    assert score.value == 0.664
+    assert score.num_items == 500
+    assert score.meaningful
+    # Worked by hand: z = 1.959964, centre (0.664 + 0.00384146) / 1.00768292, half-width 0.041248.
+    assert (score.low, score.high) == (pytest.approx(0.6215, abs=1e-4), pytest.approx(0.7040, abs=1e-4))
+    assert score.to_mapping()["name"] == "accuracy"

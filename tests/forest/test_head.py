@@ -1,0 +1,103 @@
+"""The head, row by row and in chunks, against a plain log-softmax of a model's own logits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from koat.forest.head import compute_logits, gather_logprobs, head_logprobs, head_scores
+
+FAMILIES = ["gpt_neox", "llama", "gpt2", "gemma2", "granite"]
+ROW_BYTES = 4 * 300
+
+
+def draw_predictions(model, seed: int = 0):
+    """Return hidden states `[24, 64]` and 40 predictions from 13 of them, unsorted, many from one row."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(24, 64, generator=generator)
+    rows = torch.randperm(24, generator=generator)[:13]
+    source = torch.cat([rows, rows[torch.randint(0, 13, (27,), generator=generator)]])
+    return hidden, source, torch.randint(0, 300, (40,), generator=generator)
+
+
+def apply_own_head(model, hidden):
+    """Return the logits that the model's own forward pass makes of given last hidden states `[N, d]`."""
+    hook = model.base_model.register_forward_hook(lambda *_: _replace_last(_[-1], hidden[None]))
+    try:
+        return model(input_ids=torch.zeros(1, len(hidden), dtype=torch.long), use_cache=False).logits[0]
+    finally:
+        hook.remove()
+
+
+def _replace_last(output, hidden):
+    output.last_hidden_state = hidden
+    return output
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_are_the_models_own(make_model, family) -> None:
+    model = make_model(family)
+    hidden, _, _ = draw_predictions(model)
+    assert torch.equal(compute_logits(model, hidden), apply_own_head(model, hidden))
+
+
+def test_gather_is_a_log_softmax() -> None:
+    logits = torch.randn(5, 30, generator=torch.Generator().manual_seed(0)) * 50
+    row, target = torch.tensor([4, 0, 0, 2]), torch.tensor([29, 0, 7, 11])
+    expected = torch.log_softmax(logits, -1)[row, target]
+    torch.testing.assert_close(gather_logprobs(logits, row, target), expected, rtol=1e-6, atol=1e-6)
+    halved = gather_logprobs(logits.bfloat16(), row, target)
+    expected = torch.log_softmax(logits.bfloat16().float(), -1)[row, target]
+    assert halved.dtype == torch.float32
+    torch.testing.assert_close(halved, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows_at_once", [0.5, 1, 2, 5, 12, 13, 100])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_chunks_change_neither_values_nor_gradients(make_model, family, rows_at_once) -> None:
+    model = make_model(family)
+    hidden, source, target = draw_predictions(model)
+    weight = torch.randn(40, generator=torch.Generator().manual_seed(1))
+    head = model.get_output_embeddings().weight.requires_grad_(True)
+
+    plain = hidden.clone().requires_grad_(True)
+    expected = torch.log_softmax(apply_own_head(model, plain), -1)[source, target]
+    expected_gradients = torch.autograd.grad((expected * weight).sum(), [plain, head])
+
+    again = hidden.clone().requires_grad_(True)
+    found = head_logprobs(model, again, source, target, chunk_bytes=int(rows_at_once * ROW_BYTES))
+    gradients = torch.autograd.grad((found * weight).sum(), [again, head])
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    for one, other in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5 * float(other.abs().max()))
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 4, 100])
+def test_scores_and_the_likeliest_token(make_model, rows_at_once) -> None:
+    model = make_model("gemma2")
+    hidden, source, target = draw_predictions(model)
+    logits = apply_own_head(model, hidden)
+    logprobs, greedy = head_scores(model, hidden, source, target, chunk_bytes=rows_at_once * ROW_BYTES)
+    expected = torch.log_softmax(logits, -1)[source, target]
+    torch.testing.assert_close(logprobs, expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(greedy, logits[source].argmax(-1))
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 4, 13])
+def test_only_wanted_rows_go_through_the_head(make_model, rows_at_once) -> None:
+    model = make_model("llama")
+    hidden, source, target = draw_predictions(model)
+    sizes: list[int] = []
+    hook = model.get_output_embeddings().register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
+    with torch.no_grad():
+        head_logprobs(model, hidden, source, target, chunk_bytes=rows_at_once * ROW_BYTES)
+    hook.remove()
+    assert sum(sizes) == 13
+    assert max(sizes) == rows_at_once
+
+
+def test_nothing_to_predict(make_model) -> None:
+    model = make_model("llama")
+    none = torch.empty(0, dtype=torch.long)
+    assert head_logprobs(model, torch.randn(4, 64), none, none).shape == (0,)
+    assert [len(part) for part in head_scores(model, torch.randn(4, 64), none, none)] == [0, 0]

@@ -1,0 +1,239 @@
+"""Which models share, which fall back, and whether a model that lies about its mask is found out."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM, LlamaModel
+
+from koat.forest.attend import AttentionPlan
+from koat.forest.score import cut_sequences, token_logprobs
+from koat.forest.verify import (
+    TWIN_TOLERANCE,
+    make_padded,
+    make_probe,
+    make_twin,
+    measure_difference,
+    single_logprobs,
+    verify_layout,
+)
+
+EXACT = ["gpt_neox", "llama", "mistral", "qwen2", "qwen2-window", "qwen3", "gpt2", "gemma2", "granite", "opt"]
+
+
+def measure_worst(model, sequences, layout, score_singly) -> float:
+    """Return the largest log-probability difference of a layout from the oracle's one pass per sequence."""
+    worst, counted = 0.0, 0
+    with torch.no_grad():
+        expected = score_singly(model, sequences)
+        for batch in cut_sequences(sequences, layout, token_budget=150):
+            found = token_logprobs(model, batch, layout).tolist()
+            at = (batch.position.flatten()[batch.source] + 1).tolist()
+            for value, owner, place in zip(found, batch.owner.tolist(), at, strict=True):
+                worst, counted = max(worst, abs(value - float(expected[owner][place]))), counted + 1
+    assert counted == sum(sequence.num_supervised for sequence in sequences)
+    return worst
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", EXACT)
+def test_exact_families_share(make_model, make_sequences, score_singly, family, attention) -> None:
+    model = make_model(family, attention)
+    layout, found = verify_layout(model)
+    assert layout.shares
+    assert found.shares
+    assert layout.split_head
+    assert found.kernel == layout.plan.kernel == attention
+    assert found.twin_difference <= TWIN_TOLERANCE
+    assert measure_worst(model, make_sequences("mixed"), layout, score_singly) < 5e-5
+
+
+@pytest.mark.parametrize("family", [*EXACT, "gptj"])
+def test_exact_families_share_in_bfloat16(make_model, family) -> None:
+    """Rounding is larger there, and a padded batch does not always show how large."""
+    for seed in range(3):
+        layout, found = verify_layout(make_model(family, seed=seed).bfloat16())
+        assert layout.shares, found.reason
+
+
+def test_gptj_shares_with_eager_attention(make_model, make_sequences, score_singly) -> None:
+    model = make_model("gptj", "eager")
+    layout, found = verify_layout(model)
+    assert found.shares
+    assert layout.plan.kernel == "eager"
+    assert measure_worst(model, make_sequences("mixed"), layout, score_singly) < 5e-5
+    # A boolean mask is what GPT-J would get wrong in silence.
+    wrong = replace(layout, plan=AttentionPlan("sdpa"))
+    assert measure_worst(model, make_sequences("mixed"), wrong, score_singly) > 0.1
+
+
+@pytest.mark.parametrize("family", ["bloom", "mamba"])
+def test_inexact_families_fall_back_to_padded_rows(make_model, make_sequences, score_singly, family, caplog) -> None:
+    model = make_model(family)
+    with caplog.at_level(logging.WARNING, "koat"):
+        layout, found = verify_layout(model)
+    assert not layout.shares
+    assert not found.shares
+    assert not layout.alone
+    assert found.reason in caplog.text
+    assert "padded" in caplog.text
+    assert measure_worst(model, make_sequences("mixed"), layout, score_singly) < 5e-5
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_longrope_runs_one_sequence_at_a_time(make_model, make_sequences, score_singly, attention, caplog) -> None:
+    """Its rotation is chosen by the longest position of the batch, so not even padded rows are right."""
+    from koat.core.sequence import supervise_from
+
+    model = make_model("phi3-longrope", attention)
+    sequences = [*make_sequences("mixed"), supervise_from(tuple(range(40)), 3)]
+    with caplog.at_level(logging.WARNING, "koat"):
+        layout, found = verify_layout(model)
+    assert not found.shares
+    assert layout.alone
+    assert "one sequence at a time" in caplog.text
+    assert measure_worst(model, sequences, layout, score_singly) < 5e-5
+    assert measure_worst(model, sequences, make_padded(model.config), score_singly) > 0.1
+
+
+class IgnoresPositions(LlamaModel):
+    def forward(self, position_ids=None, **others):
+        return super().forward(**others)
+
+
+class IgnoresMask(LlamaModel):
+    def forward(self, attention_mask=None, **others):
+        return super().forward(**others)
+
+
+class MixesNeighbours(LlamaModel):
+    """Adds the token before in the row, as recurrent and convolutional layers do."""
+
+    def forward(self, input_ids=None, inputs_embeds=None, **others):
+        embedded = self.embed_tokens(input_ids)
+        before = torch.nn.functional.pad(embedded, (0, 0, 1, 0))[:, :-1]
+        return super().forward(inputs_embeds=embedded + 0.3 * before, **others)
+
+
+class RefusesMasks(LlamaModel):
+    def forward(self, attention_mask=None, **others):
+        if attention_mask is not None and attention_mask.ndim == 4:
+            raise RuntimeError("only two dimensions")
+        return super().forward(attention_mask=attention_mask, **others)
+
+
+def build_broken(config, body: type[LlamaModel], seed: int = 0):
+    """Return a Llama with another body, its weights as the class itself draws them."""
+
+    class Broken(LlamaForCausalLM):
+        def __init__(self, config) -> None:
+            super().__init__(config)
+            self.model = body(config)
+            self.post_init()
+
+    torch.manual_seed(seed)
+    return Broken._from_config(config, dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize("hidden", [64, 128])
+@pytest.mark.parametrize("body", [IgnoresPositions, IgnoresMask, MixesNeighbours, RefusesMasks])
+def test_a_broken_model_is_found_out(make_config, make_sequences, score_singly, body, hidden) -> None:
+    model = build_broken(make_config("llama", hidden_size=hidden), body)
+    layout, found = verify_layout(model)
+    assert not layout.shares
+    assert not found.shares
+    assert "differ by" in found.reason or "only two dimensions" in found.reason
+    if body is not IgnoresMask:
+        assert measure_worst(model, make_sequences("mixed"), layout, score_singly) < 5e-5
+
+
+def test_a_sound_body_in_the_same_clothes_shares(make_config) -> None:
+    assert verify_layout(build_broken(make_config("llama"), LlamaModel))[1].shares
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_are_tried_after_the_twin(make_model, dtype) -> None:
+    """A model whose twin is sound and whose own forward pass is not."""
+    model = make_model("llama").to(dtype)
+    sound = model.base_model.forward
+    model.base_model.forward = lambda attention_mask=None, **others: sound(**others)
+    layout, found = verify_layout(model)
+    assert not layout.shares
+    assert "twin" not in found.reason
+    assert "differ by" in found.reason
+
+
+class ScalesItsLogits(LlamaForCausalLM):
+    def forward(self, *args, **others):
+        output = super().forward(*args, **others)
+        output.logits = output.logits * 0.5
+        return output
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_an_unknown_head_is_run_whole(make_config, make_sequences, score_singly, attention) -> None:
+    torch.manual_seed(0)
+    config = make_config("llama", initializer_range=0.2)
+    model = ScalesItsLogits._from_config(config, dtype=torch.float32, attn_implementation=attention).eval()
+    layout, found = verify_layout(model)
+    assert layout.shares
+    assert not layout.split_head
+    assert not found.split_head
+    assert measure_worst(model, make_sequences("mixed"), layout, score_singly) < 5e-5
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2-window", "gemma2"])
+def test_a_forgotten_window_shows(make_model, family) -> None:
+    model = make_model(family)
+    layout, _ = verify_layout(model)
+    open_wide = tuple((kind, None) for kind, _ in layout.plan.windows)
+    probe = make_probe(300)
+    assert measure_difference(model, probe, layout) < 1e-4
+    assert measure_difference(model, probe, replace(layout, plan=replace(layout.plan, windows=open_wide))) > 0.01
+
+
+def test_the_measure_agrees_with_the_oracle(make_model, make_sequences, score_singly) -> None:
+    model, sequences = make_model("gpt_neox"), make_sequences("mixed")
+    for found, expected, sequence in zip(
+        single_logprobs(model, sequences), score_singly(model, sequences), sequences, strict=True
+    ):
+        torch.testing.assert_close(found, expected[torch.tensor(sequence.supervised)], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "qwen2-window", "mistral", "gpt2", "mamba"])
+def test_the_twin_is_small_and_disturbs_nothing(make_model, family) -> None:
+    model = make_model(family, num_hidden_layers=3) if family != "gpt2" else make_model(family)
+    model.train()
+    before, state = model.config.to_dict(), torch.random.get_rng_state()
+    twin = make_twin(model.bfloat16())
+    verify_layout(model)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert model.training
+    assert not twin.training
+    assert model.config.to_dict() == {**before, "dtype": model.config.to_dict()["dtype"]}
+    assert type(twin) is type(model)
+    assert twin.dtype == torch.float32
+    assert twin.config.num_hidden_layers <= 3
+    kinds = getattr(model.config, "layer_types", None)
+    assert kinds is None or set(twin.config.layer_types) == set(kinds)
+
+
+def test_the_finding_is_json(make_model) -> None:
+    import json
+
+    for family in ("llama", "bloom"):
+        _, found = verify_layout(make_model(family))
+        stored = json.loads(json.dumps(found.to_mapping()))
+        assert stored["shares"] is (family == "llama")
+        assert stored["reason"]
+
+
+def test_the_probe_shares_in_every_way() -> None:
+    bodies = [sequence.token_ids for sequence in make_probe(300)]
+    assert len(bodies) == len(set(bodies)) + 1
+    assert sum(body[:20] == bodies[0][:20] for body in bodies) == 4
+    assert sum(body[:30] == bodies[0][:30] for body in bodies) == 3
+    assert all(0 <= token < 300 for body in bodies for token in body)

@@ -1,0 +1,231 @@
+"""Base models: what cannot be loaded is said in one message; nothing is unpickled, nothing is left random."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from koat.core.errors import ModelError
+from koat.core.settings import ModelSettings
+from koat.model import (
+    fingerprint_base,
+    load_config,
+    load_model,
+    load_tokenizer,
+    locate_base,
+    pick_device,
+    pick_dtype,
+)
+
+WEIGHTS = "model.safetensors"
+IDS = torch.arange(3, 20)[None]
+
+
+@pytest.fixture
+def base(make_model, tmp_path) -> Path:
+    """Return the folder of a good tiny Llama, with a tokenizer."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    folder = tmp_path / "tiny-llama"
+    make_model("llama").save_pretrained(str(folder))
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "?"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder
+
+
+def settle(folder: Path | str, **others) -> ModelSettings:
+    return ModelSettings(base=str(folder), device="cpu", **others)
+
+
+def refuse(load, settings: ModelSettings) -> str:
+    with pytest.raises(ModelError) as caught:
+        load(settings)
+    return str(caught.value)
+
+
+def test_the_good_one_loads(make_model, base) -> None:
+    model = load_model(settle(base))
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=IDS).logits, make_model("llama")(input_ids=IDS).logits)
+    assert not model.training
+    assert not any(weight.requires_grad for weight in model.parameters())
+    assert {weight.dtype for weight in model.parameters()} == {torch.float32}
+    assert load_tokenizer(settle(base))("b a")["input_ids"] == [1, 0]
+    assert load_config(settle(base)).vocab_size == 300
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_weights_come_in_the_type_asked_for(base, dtype) -> None:
+    model = load_model(settle(base, dtype=dtype))
+    assert {weight.dtype for weight in model.parameters()} == {getattr(torch, dtype)}
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_attention_is_the_one_asked_for(base, attention) -> None:
+    assert load_model(settle(base, attention=attention)).config._attn_implementation == attention
+
+
+# ------------------------------------------------------------------------------------------- where it is
+
+
+def test_a_missing_folder_names_the_nearest(base) -> None:
+    message = refuse(load_config, settle(base.with_name("tiny-lama")))
+    assert "does not exist" in message
+    assert "did you mean 'tiny-llama'" in message
+
+
+@pytest.mark.parametrize("where", ["./nowhere", "~/nowhere-at-all", "/nowhere/at/all", "some/deep/folder"])
+def test_a_path_is_not_taken_for_a_hub_id(where) -> None:
+    with pytest.raises(ModelError, match="does not exist"):
+        locate_base(where)
+
+
+def test_a_hub_id_is_left_alone() -> None:
+    assert locate_base("EleutherAI/polyglot-ko-5.8b") == "EleutherAI/polyglot-ko-5.8b"
+    assert locate_base("gpt2") == "gpt2"
+
+
+def test_a_file_instead_of_a_folder(base) -> None:
+    with pytest.raises(ModelError, match=r"is a file\. Give the model folder"):
+        locate_base(str(base / WEIGHTS))
+
+
+def test_a_folder_without_configuration(base) -> None:
+    (base / "config.json").unlink()
+    for load in (load_config, load_model, load_tokenizer):
+        assert "holds no config.json" in refuse(load, settle(base))
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"model_type": "no-such-family"}'])
+def test_a_broken_configuration(base, content) -> None:
+    (base / "config.json").write_text(content, encoding="utf-8")
+    assert str(base) in refuse(load_config, settle(base))
+
+
+def test_a_folder_without_tokenizer(base) -> None:
+    (base / "tokenizer.json").unlink()
+    (base / "tokenizer_config.json").unlink()
+    message = refuse(load_tokenizer, settle(base))
+    assert "has no tokenizer" in message
+    assert "tokenizer.json" in message
+
+
+def test_a_broken_tokenizer(base) -> None:
+    (base / "tokenizer.json").write_text("{", encoding="utf-8")
+    assert "tokenizer" in refuse(load_tokenizer, settle(base))
+
+
+# ------------------------------------------------------------------------------------------- its weights
+
+
+def test_no_weights(base) -> None:
+    (base / WEIGHTS).unlink()
+    assert "weights" in refuse(load_model, settle(base))
+
+
+def test_only_a_pickle(base) -> None:
+    """It is not opened: this one would tell."""
+    (base / WEIGHTS).unlink()
+    (base / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")
+    message = refuse(load_model, settle(base))
+    assert "no pickled weights (.bin)" in message
+    assert "save_pretrained" in message
+
+
+@pytest.mark.parametrize("keep", [0, 5, 1000, -1])
+def test_weights_that_break_off(base, keep) -> None:
+    path = base / WEIGHTS
+    path.write_bytes(path.read_bytes()[:keep])
+    assert "weights" in refuse(load_model, settle(base))
+
+
+def test_weights_with_a_tensor_missing(base) -> None:
+    """Left alone, it would be drawn at random."""
+    state = load_file(str(base / WEIGHTS))
+    state.pop("model.layers.1.mlp.down_proj.weight")
+    save_file(state, str(base / WEIGHTS), metadata={"format": "pt"})
+    message = refuse(load_model, settle(base))
+    assert "model.layers.1.mlp.down_proj.weight" in message
+
+
+def test_weights_of_another_shape(base) -> None:
+    state = load_file(str(base / WEIGHTS))
+    state["model.layers.1.mlp.down_proj.weight"] = torch.zeros(64, 7)
+    save_file(state, str(base / WEIGHTS), metadata={"format": "pt"})
+    message = refuse(load_model, settle(base))
+    assert "weights" in message
+    assert len(message) < 1500
+
+
+def test_tied_weights_are_not_missing(make_model, tmp_path) -> None:
+    make_model("gpt2").save_pretrained(str(tmp_path))
+    assert not any("lm_head" in name for name in load_file(str(tmp_path / WEIGHTS)))
+    model = load_model(settle(tmp_path))
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=IDS).logits, make_model("gpt2")(input_ids=IDS).logits)
+
+
+def test_remote_code_is_not_run(base, tmp_path) -> None:
+    ran = tmp_path / "ran"
+    (base / "custom.py").write_text(f"open({str(ran)!r}, 'w').write('x')\n", encoding="utf-8")
+    stored = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    stored |= {"model_type": "stranger", "auto_map": {"AutoConfig": "custom.Config"}}
+    (base / "config.json").write_text(json.dumps(stored), encoding="utf-8")
+    message = refuse(load_config, settle(base))
+    assert "model.trust_remote_code=true" in message
+    assert not ran.exists()
+
+
+# --------------------------------------------------------------------------------------- device and type
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:x", "", "cpu0"])
+def test_an_unknown_device(device) -> None:
+    with pytest.raises(ModelError, match="is no device"):
+        pick_device(device)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA GPU here")
+@pytest.mark.parametrize("device", ["cuda", "cuda:0", "cuda:3"])
+def test_cuda_without_a_gpu(base, device) -> None:
+    with pytest.raises(ModelError, match=r"no CUDA GPU here. Use cpu or auto"):
+        load_model(ModelSettings(base=str(base), device=device))
+
+
+def test_automatic_choices() -> None:
+    expected = "cuda" if torch.cuda.is_available() else "cpu"
+    assert pick_device("auto").type == expected
+    assert pick_dtype("auto", torch.device("cpu")) == torch.float32
+    assert pick_dtype("auto", torch.device("cuda")) == torch.bfloat16
+    assert pick_dtype("float16", torch.device("cpu")) == torch.float16
+
+
+def test_attention_that_the_family_lacks(make_model, tmp_path) -> None:
+    make_model("gptj").save_pretrained(str(tmp_path))
+    assert "scaled_dot_product_attention" in refuse(load_model, settle(tmp_path, attention="sdpa"))
+
+
+# ------------------------------------------------------------------------------------------- fingerprint
+
+
+def test_a_fingerprint_tells_bases_apart(base) -> None:
+    def take() -> str:
+        return fingerprint_base(settle(base), load_config(settle(base)))
+
+    first = take()
+    assert take() == first
+    state = load_file(str(base / WEIGHTS))
+    state["model.norm.weight"] += 1
+    save_file(state, str(base / WEIGHTS), metadata={"format": "pt"})
+    second = take()
+    assert second != first
+    stored = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    (base / "config.json").write_text(json.dumps({**stored, "rms_norm_eps": 0.1}), encoding="utf-8")
+    assert take() not in {first, second}
