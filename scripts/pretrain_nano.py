@@ -272,9 +272,7 @@ def main() -> None:
     model = build_model()
     print(f"{sum(p.numel() for p in model.parameters())} parameters", flush=True)
     began = time.monotonic()
-    curve = train(
-        model, ids, arguments.tokens, arguments.minutes, lambda: save(model, tokenizer, arguments.out)
-    )
+    curve = train(model, ids, arguments.tokens, arguments.minutes, lambda: save(model, tokenizer, arguments.out))
     seconds = time.monotonic() - began
     perplexity = {name: measure_perplexity(model, encode(tokenizer, texts)) for name, texts in held_out.items()}
     save(model, tokenizer, arguments.out)

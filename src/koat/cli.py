@@ -233,6 +233,9 @@ def demo(out: Path) -> None:
     """Show it all in under three minutes: plan, train IA3 and LoRA, evaluate, compare.
 
     Uses the small Korean model and the samples that ship; no network, no GPU.
+
+    \b
+    koat demo --out my-demo
     """
     from koat.workflows.shell import run_demo
 
@@ -242,7 +245,11 @@ def demo(out: Path) -> None:
 @koat.command("settings")
 @click.argument("prefix", default="")
 def show_settings(prefix: str) -> None:
-    """List every setting with its default and what it does; PREFIX narrows the list (for example `data.`)."""
+    """List every setting with its default and what it does; PREFIX narrows the list.
+
+    \b
+    koat settings data.
+    """
     from koat.report.catalogue import print_catalogue
     from koat.workflows.config import RunConfig
 
@@ -251,7 +258,11 @@ def show_settings(prefix: str) -> None:
 
 @koat.command("list")
 def list_names() -> None:
-    """List methods, recipes, tasks and prompt templates."""
+    """List methods, recipes, tasks and prompt templates.
+
+    \b
+    koat list
+    """
     from koat.workflows.shell import run_listing
 
     run_listing()

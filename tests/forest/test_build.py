@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from koat.core.sequence import Sequence
 from koat.forest.build import Forest, build_forest, count_shared
 
+# The same examples every time, however busy the machine is.
+STEADY = settings(
+    max_examples=300, deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
+)
 # Three letters and short bodies: equal sequences, prefixes of each other and single tokens come up all the time.
 BODY = st.lists(st.integers(0, 2), min_size=1, max_size=7).map(tuple)
 
@@ -35,7 +39,7 @@ def spell(forest: Forest, token: int) -> tuple[int, ...]:
     return tuple(int(forest.token_ids[key]) for key in range(token + 1) if token < forest.subtree_end[key])
 
 
-@settings(max_examples=300, deadline=None)
+@STEADY
 @given(draw_sets())
 def test_every_distinct_prefix_is_one_token(sequences: list[Sequence]) -> None:
     forest = build_forest(sequences)
@@ -44,7 +48,7 @@ def test_every_distinct_prefix_is_one_token(sequences: list[Sequence]) -> None:
     assert set(spelt) == list_prefixes(sequences)
 
 
-@settings(max_examples=300, deadline=None)
+@STEADY
 @given(draw_sets())
 def test_position_and_subtree_end_agree_with_the_trie(sequences: list[Sequence]) -> None:
     forest = build_forest(sequences)
@@ -56,7 +60,7 @@ def test_position_and_subtree_end_agree_with_the_trie(sequences: list[Sequence])
         assert below == list(range(token, int(forest.subtree_end[token])))
 
 
-@settings(max_examples=300, deadline=None)
+@STEADY
 @given(draw_sets())
 def test_predictions_are_complete(sequences: list[Sequence]) -> None:
     forest = build_forest(sequences)
@@ -73,7 +77,7 @@ def test_predictions_are_complete(sequences: list[Sequence]) -> None:
     assert found == expected
 
 
-@settings(max_examples=300, deadline=None)
+@STEADY
 @given(BODY, BODY)
 def test_count_shared(left: tuple[int, ...], right: tuple[int, ...]) -> None:
     expected = 0

@@ -23,27 +23,33 @@ if TYPE_CHECKING:
     from koat.adapters.settings import Ia3Settings
 
 
+def multiply(activation: Tensor, vector: Tensor) -> Tensor:
+    """Multiply by a float32 vector and round once, into the activation's type.
+
+    Rounding the vector first would move it: near one, bfloat16 knows steps of 1/128 only.
+    """
+    return torch.mul(activation, vector, out=torch.empty_like(activation))
+
+
 class Rescale(torch.autograd.Function):
     """`activation * vector`, in the activation's type; the vector and its gradient stay float32."""
 
     @staticmethod
     def forward(ctx: Any, activation: Tensor, vector: Tensor) -> Tensor:
         """`activation` is `[..., d]`, `vector` `[d]`."""
-        scale = vector.to(activation.dtype)
-        ctx.save_for_backward(activation if vector.requires_grad else None, scale)
-        ctx.vector_dtype = vector.dtype
-        return activation * scale
+        ctx.save_for_backward(activation if vector.requires_grad else None, vector)
+        return multiply(activation, vector)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Return the gradients of the activation and, summed in float32, of the vector."""
         (gradient,) = gradients
-        activation, scale = ctx.saved_tensors
-        for_activation = gradient * scale if ctx.needs_input_grad[0] else None
+        activation, vector = ctx.saved_tensors
+        for_activation = multiply(gradient, vector) if ctx.needs_input_grad[0] else None
         for_vector = None
         if ctx.needs_input_grad[1]:
             products = (gradient * activation).flatten(0, -2)
-            for_vector = products.sum(0, dtype=torch.float32).to(ctx.vector_dtype)
+            for_vector = products.sum(0, dtype=torch.float32).to(vector.dtype)
         return for_activation, for_vector
 
 

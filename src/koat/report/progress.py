@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import TextIO
+from typing import Any, TextIO
 
 LOG_SECONDS = 10.0
 
@@ -50,3 +50,25 @@ class ProgressLine:
             self._stream.write("\r" + " " * self._width + "\r")
         self._stream.write(text + "\n")
         self._stream.flush()
+
+
+class TrainingDisplay:
+    """Shows training steps on a progress line and says remarks aloud."""
+
+    def __init__(self, title: str = "training") -> None:
+        self._line = ProgressLine(title)
+        self._tokens = 0
+        self._seconds = 0.0
+        self._loss: float | None = None
+
+    def show(self, record: Any) -> None:
+        """Show one step: smoothed loss, original tokens per second, time left."""
+        self._tokens += record.tokens
+        self._seconds += record.seconds
+        self._loss = record.loss if self._loss is None else 0.9 * self._loss + 0.1 * record.loss
+        rate = self._tokens / max(self._seconds, 1e-9)
+        if record.remark:
+            self._line.say(f"! {record.remark}")
+        if record.validation_loss is not None:
+            self._line.say(f"step {record.step}: validation loss {record.validation_loss:.4f}")
+        self._line.update(record.step, record.num_steps, f"loss {self._loss:.3f} · {rate:,.0f} tokens/s")

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from koat.core.errors import RunFolderError
+from koat.report.progress import TrainingDisplay
 from koat.report.tables import format_bytes, format_score, make_table, print_table
 from koat.workflows.config import PlanConfig, RunConfig, resolve_run
 from koat.workflows.evaluate import evaluate_subject, open_subject
 from koat.workflows.finetune import finetune_run
 from koat.workflows.plan import plan_run
-from koat.workflows.shell import TrainingDisplay
 
 SAMPLES = Path(__file__).parent.parent / "nano" / "samples"
 METHODS = ("ia3", "lora")

@@ -11,7 +11,7 @@ from typing import Any
 
 from koat.core.config import Layer, Resolved, resolve
 from koat.core.settings import DataSettings, ModelSettings
-from koat.report.progress import ProgressLine, format_seconds
+from koat.report.progress import ProgressLine, TrainingDisplay, format_seconds
 from koat.report.tables import format_bytes, make_table, print_table
 
 
@@ -25,28 +25,6 @@ def quiet_libraries() -> None:
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning)
-
-
-class TrainingDisplay:
-    """Shows training steps on a progress line and says remarks aloud."""
-
-    def __init__(self, title: str = "training") -> None:
-        self._line = ProgressLine(title)
-        self._tokens = 0
-        self._seconds = 0.0
-        self._loss: float | None = None
-
-    def show(self, record: Any) -> None:
-        """Show one step: smoothed loss, original tokens per second, time left."""
-        self._tokens += record.tokens
-        self._seconds += record.seconds
-        self._loss = record.loss if self._loss is None else 0.9 * self._loss + 0.1 * record.loss
-        rate = self._tokens / max(self._seconds, 1e-9)
-        if record.remark:
-            self._line.say(f"! {record.remark}")
-        if record.validation_loss is not None:
-            self._line.say(f"step {record.step}: validation loss {record.validation_loss:.4f}")
-        self._line.update(record.step, record.num_steps, f"loss {self._loss:.3f} · {rate:,.0f} tokens/s")
 
 
 def run_finetune(resolved: Resolved[Any], out: Path, *, resume: bool, overwrite: bool) -> None:

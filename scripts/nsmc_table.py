@@ -1,0 +1,124 @@
+"""The NSMC table of docs/log.md: base, IA3 and LoRA on the small model that ships, real reviews.
+
+    python scripts/nsmc_table.py tune --data ../shared/data/nsmc --out runs/nsmc    # validation.tsv only
+    python scripts/nsmc_table.py test --data ../shared/data/nsmc --out runs/nsmc    # test.tsv, once, chosen settings
+
+Each run is an ordinary run folder; what is there already is not computed again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import koat
+
+TASKS = ("nsmc-prompt1", "nsmc-prompt2")
+CANDIDATES: dict[str, dict[str, Any]] = {
+    "ia3-paper-3e-2": {"method": "ia3", "targets": "paper", "rate": 3e-2},
+    "ia3-paper-6e-2": {"method": "ia3", "targets": "paper", "rate": 6e-2},
+    "ia3-all-1e-2": {"method": "ia3", "targets": "all-linear", "rate": 1e-2},
+    "ia3-all-2e-2": {"method": "ia3", "targets": "all-linear", "rate": 2e-2},
+    "ia3-all-4e-2": {"method": "ia3", "targets": "all-linear", "rate": 4e-2},
+    "lora-2e-3": {"method": "lora", "targets": "all-linear", "rate": 2e-3},
+    "lora-5e-3": {"method": "lora", "targets": "all-linear", "rate": 5e-3},
+}
+CHOSEN = {"ia3": "ia3-all-2e-2", "ia3-paper": "ia3-paper-6e-2", "lora": "lora-5e-3"}
+"""The settings that did best on validation.tsv; see docs/log.md."""
+
+
+def train(name: str, data: Path, out: Path, rows: int, seed: int) -> Path:
+    """Train one candidate on `rows` training reviews, unless its run is there already."""
+    candidate = CANDIDATES[name]
+    folder = out / f"{name}-{rows}-seed{seed}"
+    if (folder / "adapter").is_dir():
+        return folder
+    settings = {
+        "model": {"base": "nano"},
+        "data": {"train": [str(data / "train.tsv")], "limit": rows},
+        "adapter": {"method": candidate["method"], "targets": candidate["targets"]},
+        "training": {
+            "learning_rate": candidate["rate"],
+            "precision": "bfloat16",
+            "seed": seed,
+            "keep": "last",
+            "save_every": 100_000,
+        },
+    }
+    koat.finetune(settings, recipe="nsmc", out=folder, overwrite=folder.exists())
+    return folder
+
+
+def evaluate(target: Path | str, name: str, data: Path, part: str, out: Path, **options: Any) -> list[dict[str, Any]]:
+    """Evaluate one model on both prompts, unless its scores are there already; return a row per prompt."""
+    tag = "-".join(f"{key}{value}" for key, value in options.items())
+    path = out / "scores" / f"{name}-{part}-{tag}.json"
+    if not path.is_file():
+        subject = koat.load(target, {"dtype": "bfloat16"})
+        shots = data / "train.tsv" if options.get("num_shots") else None
+        report = koat.evaluate(subject, tasks=TASKS, data=data / f"{part}.tsv", shots=shots, **options)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(report, ensure_ascii=False), encoding="utf-8")
+    results: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["results"]
+    return results
+
+
+def describe(name: str, results: list[dict[str, Any]]) -> str:
+    """Return a line with both prompts' likelihood and first-token accuracies."""
+    cells = []
+    for result in results:
+        scores = result["scores"]
+        likelihood = scores["likelihood"]
+        cells.append(
+            f"{result['task'][-7:]} {likelihood['value']:.3f} [{likelihood['low']:.3f}, {likelihood['high']:.3f}]"
+            f" first-token {scores['first-token']['value']:.3f}"
+        )
+    return f"{name:28s} " + "  ".join(cells)
+
+
+def tune(data: Path, out: Path, rows: int, limit: int) -> None:
+    """Compare candidates on validation reviews."""
+    for name in CANDIDATES:
+        folder = train(name, data, out, rows, seed=0)
+        print(describe(name, evaluate(folder, folder.name, data, "validation", out, num_shots=0, limit=limit)), flush=True)
+
+
+def test(data: Path, out: Path, rows: int, num_seeds: int, shots: list[int]) -> None:
+    """Evaluate base and chosen settings on the whole test file, several seeds."""
+    for num_shots in shots:
+        for seed in range(num_seeds if num_shots else 1):
+            options = {"num_shots": num_shots, "limit": "all", "seed": 1234 + seed}
+            print(describe(f"base {num_shots} shots seed {seed}", evaluate("nano", "base", data, "test", out, **options)))
+        for label, name in CHOSEN.items():
+            values = []
+            for seed in range(num_seeds):
+                folder = train(name, data, out, rows, seed)
+                options = {"num_shots": num_shots, "limit": "all", "seed": 1234 + seed}
+                results = evaluate(folder, folder.name, data, "test", out, **options)
+                values.append([result["scores"]["likelihood"]["value"] for result in results])
+                print(describe(f"{label} {num_shots} shots seed {seed}", results), flush=True)
+            means = [statistics.mean(column) for column in zip(*values, strict=True)]
+            print(f"{label} {num_shots} shots, mean over {num_seeds} seeds: " + "  ".join(f"{m:.3f}" for m in means))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=("tune", "test"))
+    parser.add_argument("--data", type=Path, required=True, help="folder with train.tsv, validation.tsv, test.tsv")
+    parser.add_argument("--out", type=Path, default=Path("runs/nsmc"))
+    parser.add_argument("--rows", type=int, default=8000, help="training reviews")
+    parser.add_argument("--limit", type=int, default=2000, help="validation reviews while tuning")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--shots", type=int, nargs="+", default=[0, 10])
+    arguments = parser.parse_args()
+    if arguments.stage == "tune":
+        tune(arguments.data, arguments.out, arguments.rows, arguments.limit)
+    else:
+        test(arguments.data, arguments.out, arguments.rows, arguments.seeds, arguments.shots)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,279 @@
+"""The loop against a plain one: PEFT's own layers, one sequence at a time, gradients summed, AdamW."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+
+from koat.adapters.attach import attach_adapter, read_adapter_state
+from koat.adapters.methods import Ia3Settings, LoraSettings
+from koat.core.sequence import Sequence, supervise_from
+from koat.core.settings import TrainingSettings
+from koat.forest.score import Layout
+from koat.forest.verify import make_padded, verify_layout
+from koat.training.loop import accumulate_gradients, measure_loss, schedule_rate, train
+from koat.training.sampler import plan_steps
+from koat.workflows.finetune import enable_checkpointing
+
+TARGETS = ["k_proj", "v_proj", "down_proj"]
+METHODS = {
+    "ia3": (
+        Ia3Settings(targets=TARGETS, feedforward=["down_proj"]),
+        IA3Config(task_type="CAUSAL_LM", target_modules=TARGETS, feedforward_modules=["down_proj"]),
+    ),
+    "lora": (
+        LoraSettings(targets=TARGETS, r=4, alpha=8),
+        LoraConfig(task_type="CAUSAL_LM", target_modules=TARGETS, r=4, lora_alpha=8),
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def layout(make_model: Callable[..., Any]) -> Layout:
+    """The verified forest layout of the tiny Llama."""
+    found, verification = verify_layout(make_model("llama"))
+    assert verification.shares
+    return found
+
+
+def group_by_opening(sequences: list[Sequence]) -> list[Sequence]:
+    """Name the group of each sequence after its first tokens."""
+    return [Sequence(s.token_ids, s.supervised, group=str(s.token_ids[:2])) for s in sequences]
+
+
+@pytest.fixture(scope="module")
+def examples(make_sequences: Callable[..., list[Sequence]]) -> list[Sequence]:
+    """Sequences of every shape, grouped by article; single tokens have nothing to learn and are left out."""
+    return group_by_opening([s for s in make_sequences("mixed", seed=3) if s.num_supervised])
+
+
+def sum_losses(model: Any, sequences: list[Sequence]) -> torch.Tensor:
+    """Return the summed loss of the supervised tokens from one plain pass per sequence."""
+    total = torch.zeros(())
+    for sequence in sequences:
+        ids = torch.tensor([sequence.token_ids])
+        labels = torch.where(torch.tensor([sequence.supervised]), ids, -100)
+        logits = model(input_ids=ids, use_cache=False).logits
+        total = total + torch.nn.functional.cross_entropy(logits[0, :-1], labels[0, 1:], reduction="sum")
+    return total
+
+
+def copy_steps(examples: list[Sequence], settings: TrainingSettings) -> list[list[Sequence]]:
+    """Return the examples of each step of a run."""
+    plan = plan_steps(
+        examples, settings.sampler, settings.batch_size, settings.epochs, settings.max_steps, settings.seed
+    )
+    indices = [step for epoch in range(9) for step in plan.order_epoch(epoch)][: plan.num_steps]
+    return [[examples[index] for index in step] for step in indices]
+
+
+def train_plainly(model: PeftModel, steps: list[list[Sequence]], settings: TrainingSettings) -> list[float]:
+    """Train as a textbook would, with a cosine after one step of warm-up; return the losses."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1.0, betas=(0.9, 0.999), weight_decay=settings.weight_decay)
+    losses = []
+    for number, step in enumerate(steps):
+        progress = (number - 1) / (len(steps) - 1)
+        share = 0.5 if number == 0 else 0.5 + 0.5 * math.cos(math.pi * progress)
+        optimizer.param_groups[0]["lr"] = settings.learning_rate * share
+        optimizer.zero_grad()
+        loss = sum_losses(model, step) / sum(s.num_supervised for s in step)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_five_steps_reach_the_adapter_of_a_plain_peft_loop(
+    method: str,
+    make_model: Callable[..., Any],
+    make_settings: Callable[..., Any],
+    measure_distance: Callable[..., float],
+    examples: list[Sequence],
+    layout: Layout,
+    accelerator: Any,
+) -> None:
+    ours, theirs = METHODS[method]
+    settings = make_settings(warmup=0.2, weight_decay=0.01, max_grad_norm=0.5, batch_size=7)
+    steps = copy_steps(examples, settings)
+    start = read_adapter_state(attach_adapter(make_model("llama"), ours))
+    plain = get_peft_model(make_model("llama"), theirs)
+    set_peft_model_state_dict(plain, start)
+    losses = train_plainly(plain, steps, settings)
+    expected = {name: tensor.detach() for name, tensor in get_peft_model_state_dict(plain).items()}
+    assert measure_distance(start, expected) > 1e-3
+
+    for options in ({}, {"tokens_per_microbatch": 64}, {"tokens_per_microbatch": 64, "max_row_length": 20}):
+        model = attach_adapter(make_model("llama"), ours)
+        records: list[Any] = []
+        cut = settings.model_copy(update=options)
+        result = train(model, examples, layout, cut, accelerator=accelerator, on_step=records.append)
+        assert measure_distance(read_adapter_state(model), expected) < 1e-5
+        assert [record.loss for record in records] == pytest.approx(losses, rel=1e-5)
+        assert [record.tokens for record in records] == [sum(map(len, step)) for step in steps]
+        assert result.state.step == result.kept_step == 5
+        assert sum(record.unique_tokens for record in records) < sum(record.tokens for record in records)
+
+
+def test_layout_and_grouping_do_not_change_what_is_learned(
+    make_model: Callable[..., Any],
+    make_settings: Callable[..., Any],
+    measure_distance: Callable[..., float],
+    examples: list[Sequence],
+    layout: Layout,
+    accelerator: Any,
+) -> None:
+    # With every example in every step, grouped and shuffled differ in nothing but order.
+    settings = make_settings(batch_size=len(examples), max_steps=3, tokens_per_microbatch=100)
+    states = []
+    for sampler, chosen in (("grouped", layout), ("shuffled", layout), ("shuffled", None)):
+        model = attach_adapter(make_model("llama"), METHODS["ia3"][0])
+        chosen = chosen or make_padded(model.config)
+        train(model, examples, chosen, settings.model_copy(update={"sampler": sampler}), accelerator=accelerator)
+        states.append(read_adapter_state(model))
+    assert measure_distance(states[1], states[0]) < 1e-5
+    assert measure_distance(states[2], states[0]) < 1e-5
+
+
+def test_loss_is_divided_once_by_the_supervised_tokens_of_the_step(
+    make_model: Callable[..., Any], make_settings: Callable[..., Any], layout: Layout, accelerator: Any
+) -> None:
+    # Micro-batches of 1 and of 40 supervised tokens: the mean of their means is far from the mean.
+    rng = torch.Generator().manual_seed(0)
+    lengths = [(42, 2), (3, 2), (4, 3), (44, 5), (41, 40)]
+    sequences = [
+        supervise_from(tuple(torch.randint(3, 300, (length,), generator=rng).tolist()), start)
+        for length, start in lengths
+    ]
+    model = attach_adapter(make_model("llama"), METHODS["ia3"][0])
+    mean = sum_losses(model, sequences) / sum(s.num_supervised for s in sequences)
+    mean.backward()
+    expected = float(mean.detach())
+    vectors = [p for p in model.parameters() if p.requires_grad]
+    gradients = [vector.grad.clone() for vector in vectors]
+    means = sum(float(sum_losses(model, [s]).detach()) / s.num_supervised for s in sequences) / len(sequences)
+    assert abs(means - expected) > 0.05
+    for budget in (10, 50, 4096):
+        model.zero_grad()
+        settings = make_settings(tokens_per_microbatch=budget)
+        loss, num_tokens = accumulate_gradients(model, sequences, layout, settings, accelerator)
+        assert loss == pytest.approx(expected, rel=1e-5)
+        assert num_tokens == sum(map(len, sequences))
+        for vector, gradient in zip(vectors, gradients, strict=True):
+            torch.testing.assert_close(vector.grad, gradient, rtol=1e-4, atol=1e-7)
+
+
+def test_measured_loss_is_the_mean_over_supervised_tokens(
+    make_model: Callable[..., Any], examples: list[Sequence], layout: Layout, accelerator: Any
+) -> None:
+    model = make_model("llama")
+    expected = float(sum_losses(model, examples)) / sum(s.num_supervised for s in examples)
+    before = torch.get_rng_state()
+    assert measure_loss(model, examples, layout, 64, accelerator) == pytest.approx(expected, rel=1e-5)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("num_steps", [1, 10, 37])
+@pytest.mark.parametrize("warmup", [0.0, 0.2, 1.0])
+def test_learning_rates_follow_their_formulas(num_steps: int, warmup: float, make_settings: Callable[..., Any]) -> None:
+    rates = {}
+    for schedule in ("constant", "linear", "cosine"):
+        settings = make_settings(schedule=schedule, warmup=warmup, learning_rate=3.0)
+        rates[schedule] = [schedule_rate(settings, step, num_steps) for step in range(num_steps)]
+    rising = round(warmup * num_steps)
+    for step in range(num_steps):
+        if step < rising:
+            expected = [3.0 * (step + 1) / (rising + 1)] * 3
+        else:
+            left = (num_steps - step) / (num_steps - rising)
+            expected = [3.0, 3.0 * left, 3.0 * math.sin(math.pi / 2 * left) ** 2]
+        assert [rates[name][step] for name in rates] == pytest.approx(expected)
+    assert all(0 < rate <= 3.0 for values in rates.values() for rate in values)
+
+
+@pytest.mark.parametrize(
+    "settings", [METHODS["ia3"][0], LoraSettings(targets=TARGETS, r=4, dropout=0.5)], ids=["ia3", "lora-dropout"]
+)
+def test_activation_checkpointing_changes_no_gradient(
+    settings: Any,
+    make_model: Callable[..., Any],
+    make_settings: Callable[..., Any],
+    randomise: Callable[..., None],
+    examples: list[Sequence],
+    layout: Layout,
+    accelerator: Any,
+) -> None:
+    gradients, calls = [], []
+    for checkpointing in (False, True):
+        model = attach_adapter(make_model("llama"), settings)
+        randomise(model)
+        if checkpointing:
+            enable_checkpointing(model)
+        count: list[int] = []
+        # Before, not after: recomputing stops as soon as all that the backward pass wants is there.
+        layer = model.get_base_model().model.layers[1]
+        layer.mlp.register_forward_pre_hook(lambda *_, count=count: count.append(1))
+        model.train()
+        torch.manual_seed(3)
+        accumulate_gradients(model, examples, layout, make_settings(), accelerator)
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+        calls.append(len(count))
+    assert calls[1] == 2 * calls[0] > 0
+    for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(recomputed, plain, rtol=1e-6, atol=1e-9)
+
+
+def test_the_best_adapter_is_kept_unless_the_last_is_wanted(
+    make_model: Callable[..., Any],
+    make_settings: Callable[..., Any],
+    examples: list[Sequence],
+    layout: Layout,
+    accelerator: Any,
+) -> None:
+    scores = [0.9, 0.4, 0.6, 0.5, 0.7]
+    for keep, step in (("best", 2), ("last", 5)):
+        model = attach_adapter(make_model("llama"), METHODS["ia3"][0])
+        states: list[dict[str, torch.Tensor]] = []
+        training: list[bool] = []
+
+        def validate(model: Any, states: Any = states, training: Any = training) -> float:
+            training.append(model.training)
+            states.append({name: tensor.clone() for name, tensor in read_adapter_state(model).items()})
+            return scores[len(states) - 1]
+
+        settings = make_settings(keep=keep, validate_every=1)
+        records: list[Any] = []
+        result = train(
+            model, examples, layout, settings, accelerator=accelerator, validate=validate, on_step=records.append
+        )
+        kept = read_adapter_state(model)
+        assert [record.validation_loss for record in records] == scores
+        assert training == [False] * 5
+        assert (result.kept_step, result.state.best_step, result.state.best_loss) == (step, 2, 0.4)
+        assert all(torch.equal(kept[name], tensor) for name, tensor in states[step - 1].items())
+        assert not all(torch.equal(states[1][name], tensor) for name, tensor in states[4].items())
+
+
+def test_gradients_are_clipped_and_their_norm_reported(
+    make_model: Callable[..., Any],
+    make_settings: Callable[..., Any],
+    examples: list[Sequence],
+    layout: Layout,
+    accelerator: Any,
+) -> None:
+    model = attach_adapter(make_model("llama"), METHODS["ia3"][0])
+    accumulate_gradients(model, examples, layout, make_settings(), accelerator)
+    expected = math.sqrt(sum(float(p.grad.square().sum()) for p in model.parameters() if p.requires_grad))
+    for max_norm in (0.0, 1e-3):
+        model = attach_adapter(make_model("llama"), METHODS["ia3"][0])
+        records: list[Any] = []
+        settings = make_settings(max_steps=1, batch_size=len(examples), max_grad_norm=max_norm)
+        train(model, examples, layout, settings, accelerator=accelerator, on_step=records.append)
+        assert records[0].gradient_norm == pytest.approx(expected, rel=1e-5)

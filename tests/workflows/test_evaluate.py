@@ -1,0 +1,147 @@
+"""Evaluating bases, runs and plain PEFT adapters: what is opened, what is refused, what is kept."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+import koat
+from koat.core.json_lines import read_lines
+from tests.tiny_base import call_koat, write_base
+
+TASK = "nsmc-prompt1"
+NAME = "adapter_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def reviews(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Files of reviews: `test` and `train`."""
+    folder = tmp_path_factory.mktemp("reviews")
+    words = ["비가", "좋다", "눈이", "나쁘다", "해가", "길다"]
+    for name, first in (("test", 0), ("train", 100)):
+        rows = [f"{first + n}\t{words[n % 6]} {words[(n * 5 + first) % 6]} {n}\t{n % 2}" for n in range(12)]
+        (folder / name).write_text("\n".join(["id\tdocument\tlabel", *rows]) + "\n", encoding="utf-8")
+    return {"test": folder / "test", "train": folder / "train"}
+
+
+def strip_times(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the results of a report without what differs from one time to the next."""
+    changing = {"seconds", "seconds_per_item", "peak_bytes"}
+    return [{key: value for key, value in result.items() if key not in changing} for result in report["results"]]
+
+
+def test_a_run_is_evaluated_and_every_prediction_kept(finished: Path, reviews: dict[str, Path]) -> None:
+    report = koat.evaluate(finished, tasks=[TASK, "nsmc-prompt2"], data=reviews["test"], num_shots=0, limit="all")
+    assert report["subject"] == "finished"
+    assert [result["task"] for result in report["results"]] == [TASK, "nsmc-prompt2"]
+    for result in report["results"]:
+        lines = read_lines(finished / "predictions" / f"{result['task']}-0shot-seed{result['shot_seed']}.jsonl")
+        assert len(lines) == result["num_items"] == 12
+        for scoring, score in result["scores"].items():
+            assert score["value"] == pytest.approx(sum(line["correct"][scoring] for line in lines) / 12)
+            assert 0 <= score["low"] <= score["value"] <= score["high"] <= 1
+            assert {line["contracts"][scoring] for line in lines} == {result["contracts"][scoring]["hash"]}
+    (kept,) = (finished / "predictions").glob("*.scores.json")
+    assert strip_times(json.loads(kept.read_text(encoding="utf-8"))) == strip_times(report)
+
+
+def test_base_run_and_adapter_folder_are_three_subjects(
+    finished: Path, place: Path, reviews: dict[str, Path], tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"tasks": [TASK], "data": reviews["test"], "num_shots": 0, "limit": "all"}
+    run = koat.evaluate(finished, **options)
+    adapter = tmp_path / "plain"
+    shutil.copytree(finished / "adapter", adapter)
+    assert strip_times(koat.evaluate(adapter, **options)) == strip_times(run)
+    assert (adapter / "predictions").is_dir()
+
+    status, out, error = call_koat(
+        "eval", place / "base", "--task", TASK, "--data", reviews["test"], "--shots", 0,
+        "--limit", "all", "--out", tmp_path / "base", "--json",
+    )  # fmt: skip
+    assert status == 0, error
+    base = json.loads(out)
+    assert base["results"][0]["contracts"] == run["results"][0]["contracts"]
+    logprobs = [
+        [line["logprobs"] for line in read_lines(folder / f"{TASK}-0shot-seed1234.jsonl")]
+        for folder in (tmp_path / "base", finished / "predictions")
+    ]
+    assert logprobs[0] != logprobs[1]
+
+
+def test_shots_come_from_their_own_file_and_follow_the_seed(
+    finished: Path, reviews: dict[str, Path], tmp_path: Path
+) -> None:
+    subject = koat.load(finished)
+    options: dict[str, Any] = {"tasks": [TASK], "data": reviews["test"], "shots": reviews["train"], "limit": 5}
+    first, again, other = (koat.evaluate(subject, num_shots=1, seed=seed, **options) for seed in (1, 1, 2))
+    assert strip_times(first) == strip_times(again)
+    hashes = [report["results"][0]["contracts"]["likelihood"]["hash"] for report in (first, other)]
+    assert hashes[0] != hashes[1]
+    lines = read_lines(finished / "predictions" / f"{TASK}-1shot-seed1.jsonl")
+    assert len(lines) == 5
+    assert all(len(line["shots"]) == 1 and int(line["shots"][0]) >= 100 for line in lines)
+
+
+def test_shots_without_a_file_are_refused(finished: Path, reviews: dict[str, Path]) -> None:
+    with pytest.raises(koat.ConfigError, match="--shots-from"):
+        koat.evaluate(finished, tasks=[TASK], data=reviews["test"])
+
+
+def test_a_run_without_its_adapter_is_refused(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "adapter")
+    with pytest.raises(koat.RunFolderError, match="no adapter"):
+        koat.load(tmp_path / "run")
+
+
+def test_a_base_that_changed_is_refused(finished: Path, place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "base", tmp_path / "base")
+    name = tmp_path / "base" / "model.safetensors"
+    state = load_file(name)
+    state["model.norm.weight"] = state["model.norm.weight"] + 1
+    save_file(state, name, metadata={"format": "pt"})
+    with pytest.raises(koat.AdapterError, match="another base model"):
+        koat.load(finished, {"base": str(tmp_path / "base")})
+    shutil.copy(place / "base" / "model.safetensors", name)
+    assert koat.load(finished, {"base": str(tmp_path / "base")}).name == "finished"
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone", "other shape"])
+def test_a_damaged_adapter_is_named(damage: str, finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    weights = tmp_path / "run" / "adapter" / NAME
+    if damage == "cut":
+        weights.write_bytes(weights.read_bytes()[:200])
+    elif damage == "gone":
+        weights.unlink()
+    else:
+        save_file({name: tensor[:1] for name, tensor in load_file(weights).items()}, weights)
+    with pytest.raises(koat.AdapterError, match=r"adapter_model\.safetensors|another shape"):
+        koat.load(tmp_path / "run")
+
+
+def test_an_adapter_that_does_not_know_its_base_asks_for_it(finished: Path, place: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished / "adapter", tmp_path / "plain")
+    config = tmp_path / "plain" / "adapter_config.json"
+    stored = json.loads(config.read_text(encoding="utf-8"))
+    config.write_text(json.dumps({**stored, "base_model_name_or_path": None}), encoding="utf-8")
+    with pytest.raises(koat.AdapterError, match="--base"):
+        koat.load(tmp_path / "plain")
+    assert koat.load(tmp_path / "plain", {"base": str(place / "base")}).name == "plain"
+
+
+def test_a_pickled_base_is_refused_with_a_way_out(place: Path, tmp_path: Path) -> None:
+    import torch
+
+    write_base(tmp_path / "pickled")
+    state = load_file(tmp_path / "pickled" / "model.safetensors")
+    (tmp_path / "pickled" / "model.safetensors").unlink()
+    torch.save(state, tmp_path / "pickled" / "pytorch_model.bin")
+    with pytest.raises(koat.ModelError, match="safetensors"):
+        koat.load(tmp_path / "pickled")

@@ -1,0 +1,56 @@
+"""What a run records about its surroundings, and what its work cost."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import time
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+
+from koat.workflows.manifest import describe_hardware, describe_versions, fingerprint_data
+from koat.workflows.measure import Cost
+
+
+def test_versions_are_those_that_run() -> None:
+    versions = describe_versions()
+    assert versions["python"] == platform.python_version()
+    assert versions["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert versions["peft"] == peft.__version__
+
+
+def test_hardware_of_a_processor() -> None:
+    facts = describe_hardware(torch.device("cpu"))
+    assert facts["device"] == "cpu"
+    assert facts["threads"] == torch.get_num_threads()
+    assert facts["cores"] >= 1
+    assert facts["processor"]
+
+
+def test_data_is_fingerprinted_by_content(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(b"one\n")
+    found = fingerprint_data([str(file), "owner/name"])
+    assert found[str(file)] == {"sha256": hashlib.sha256(b"one\n").hexdigest(), "bytes": 4}
+    assert found["owner/name"] == "not a file"
+
+
+def test_cost_measures_time_and_peak() -> None:
+    with Cost(torch.device("cpu")) as idle:
+        time.sleep(0.1)
+    with Cost(torch.device("cpu")) as busy:
+        block = torch.ones(64 << 20)  # 256 MiB
+        time.sleep(0.1)
+        del block
+    assert idle.seconds == pytest.approx(0.1, abs=0.15)
+    assert busy.peak_bytes - idle.peak_bytes > 200 << 20
+
+
+def test_cost_is_told_also_after_an_error() -> None:
+    cost = Cost(torch.device("cpu"))
+    with pytest.raises(ZeroDivisionError), cost:
+        _ = 1 // 0
+    assert cost.peak_bytes > 0

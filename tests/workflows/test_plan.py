@@ -1,0 +1,92 @@
+"""Plans of real configurations: counts that must come out exactly, and estimates that must be near the truth."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import koat
+from tests.tiny_base import call_koat, need_shared
+
+
+def plan(base: Path | str, method: str, *settings: str) -> dict[str, Any]:
+    """Return what `koat plan --json` prints."""
+    status, out, error = call_koat("plan", "--base", base, "--method", method, *settings, "--json")
+    assert status == 0, error
+    found: dict[str, Any] = json.loads(out)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("base", "method", "settings", "expected"),
+    [
+        ("polyglot-ko-5.8b", "ia3", ["adapter.targets=peft"], 802_816),
+        ("polyglot-ko-5.8b", "ia3", ["adapter.targets=paper"], 688_128),
+        ("polyglot-ko-5.8b", "lora", ["adapter.targets=[query_key_value]", "adapter.r=8"], 3_670_016),
+        ("llama-2-13b", "ia3", ["adapter.targets=peft"], 962_560),
+        ("llama-2-13b", "ia3", ["adapter.targets=[q_proj,k_proj,v_proj,down_proj]", "adapter.feedforward=down_proj"],
+         1_167_360),
+    ],
+)  # fmt: skip
+def test_counts_of_real_models(base: str, method: str, settings: list[str], expected: int) -> None:
+    found = plan(need_shared("models", base), method, *settings)
+    assert found["trainable_parameters"] == expected
+    assert found["adapter_bytes"] == 4 * expected
+    assert found["trainable_share"] == expected / found["total_parameters"]
+
+
+def test_total_of_a_real_model() -> None:
+    folder = need_shared("models", "llama-7b")
+    # 32 layers of 4 x 4096^2 + 3 x 4096 x 11008 and two norms, embedding and head of 32,000, one last norm.
+    layers = 32 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096)
+    found = plan(folder, "ia3")
+    assert found["total_parameters"] == layers + 2 * 32_000 * 4096 + 4096
+    assert found["weight_bytes"] == found["total_parameters"] * {"float32": 4, "bfloat16": 2}[found["dtype"]]
+
+
+def test_settings_come_with_their_origins(tmp_path: Path, place: Path) -> None:
+    file = tmp_path / "plan.yaml"
+    file.write_text("training: {batch_size: 3, seed: 8}\nadapter: {targets: attention}\n", encoding="utf-8")
+    found = plan(place / "base", "ia3", "--config", str(file), "training.seed=9")["settings"]
+    origins = {key: (entry["value"], entry["origin"]) for key, entry in found.items()}
+    assert origins["training.seed"] == (9, "flag")
+    assert origins["training.batch_size"] == (3, "file")
+    assert origins["adapter.targets"] == ("attention", "file")
+    assert origins["adapter.method"] == ("ia3", "flag")
+    assert origins["training.learning_rate"] == (2e-2, "method")
+    assert origins["training.epochs"] == (1.0, "default")
+    assert origins["model.base"] == (str(place / "base"), "flag")
+
+
+def test_the_same_from_python(place: Path) -> None:
+    settings = {"model": {"base": str(place / "base")}, "adapter": {"method": "lora", "r": 4}}
+    shown = plan(place / "base", "lora", "adapter.r=4")
+    shown.pop("settings")
+    assert koat.plan(settings).to_mapping() == shown
+
+
+def test_the_parts_add_up_and_grow_as_they_should(place: Path) -> None:
+    small, large = (plan(place / "base", "lora", f"training.tokens_per_microbatch={n}") for n in (256, 1024))
+    for found in (small, large):
+        parts = ("weight", "adapter", "gradient", "optimizer", "activation", "head")
+        assert found["peak_bytes"] == sum(found[f"{part}_bytes"] for part in parts)
+    assert large["activation_bytes"] == pytest.approx(4 * small["activation_bytes"], rel=0.01)
+    assert large["weight_bytes"] == small["weight_bytes"]
+    spared = plan(place / "base", "lora", "training.activation_checkpointing=true")
+    assert spared["activation_bytes_per_token"] < small["activation_bytes_per_token"]
+
+
+def test_a_plan_for_people_shows_the_count_and_the_settings(place: Path) -> None:
+    status, out, _ = call_koat("plan", "--base", place / "base", "--method", "ia3")
+    assert status == 0
+    assert "160" in out
+    assert "training.learning_rate" in out
+    assert "method" in out
+
+
+def test_a_recipe_is_a_plan(place: Path) -> None:
+    found = koat.plan({"model": {"base": str(place / "base")}}, recipe="demo-lora")
+    assert (found.method, found.base) == ("lora", str(place / "base"))
