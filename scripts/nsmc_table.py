@@ -26,7 +26,7 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     "lora-2e-3": {"method": "lora", "targets": "all-linear", "rate": 2e-3},
     "lora-5e-3": {"method": "lora", "targets": "all-linear", "rate": 5e-3},
 }
-CHOSEN = {"ia3": "ia3-all-2e-2", "ia3-paper": "ia3-paper-6e-2", "lora": "lora-5e-3"}
+CHOSEN = {"ia3": "ia3-all-2e-2", "lora": "lora-2e-3"}
 """The settings that did best on validation.tsv; see docs/log.md."""
 
 

@@ -254,7 +254,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with nsmc/, text_ko/ and text_en/")
     parser.add_argument("--out", type=Path, required=True, help="where model and tokenizer are written")
-    parser.add_argument("--tokens", type=int, default=22_000_000, help="tokens to train on")
+    parser.add_argument("--tokens", type=int, default=16_300_000, help="tokens to train on")
     parser.add_argument("--minutes", type=float, default=600, help="stop (with a finished schedule) after this long")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()

@@ -46,7 +46,7 @@ def test_a_run_is_evaluated_and_every_prediction_kept(finished: Path, reviews: d
             assert score["value"] == pytest.approx(sum(line["correct"][scoring] for line in lines) / 12)
             assert 0 <= score["low"] <= score["value"] <= score["high"] <= 1
             assert {line["contracts"][scoring] for line in lines} == {result["contracts"][scoring]["hash"]}
-    (kept,) = (finished / "predictions").glob("*.scores.json")
+    (kept,) = (finished / "predictions").glob(f"{TASK}*nsmc-prompt2*.scores.json")
     assert strip_times(json.loads(kept.read_text(encoding="utf-8"))) == strip_times(report)
 
 

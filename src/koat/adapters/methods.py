@@ -38,7 +38,8 @@ class Method:
     """From the method's settings and a model configuration to a PEFT configuration."""
     title: str
     learning_rates: dict[str, float]
-    """Default learning rate by targets; the key "" serves all others. Found on NSMC, see docs/log.md."""
+    """Default learning rate by targets; the key "" serves all others. For base models of a billion parameters and
+    more; small ones want ten times that (docs/log.md)."""
     mergeable: bool = True
     allows_checkpointing: bool = True
     allows_weight_decay: bool = True
@@ -58,8 +59,8 @@ def _make_lora(settings: LoraSettings, config: Any) -> PeftConfig:
 
 
 METHODS: dict[str, Method] = {
-    "ia3": Method(Ia3Settings, _make_ia3, "IA3", {"paper": 5e-2, "": 2e-2}, allows_weight_decay=False),
-    "lora": Method(LoraSettings, _make_lora, "LoRA", {"": 2e-3}),
+    "ia3": Method(Ia3Settings, _make_ia3, "IA3", {"": 5e-3}, allows_weight_decay=False),
+    "lora": Method(LoraSettings, _make_lora, "LoRA", {"": 2e-4}),
 }
 
 

@@ -90,7 +90,7 @@ def accumulate_gradients(
         loss_sum += loss.detach().double().cpu()
         num_tokens += batch.num_tokens
     if accelerator.num_processes > 1:
-        loss_sum = sum_over_processes(model, loss_sum, accelerator)
+        loss_sum, num_tokens = sum_over_processes(model, loss_sum, num_tokens, accelerator)
     return float(loss_sum), num_tokens
 
 
@@ -100,18 +100,20 @@ def share_examples(sequences: ListLike[Sequence], accelerator: Accelerator) -> L
     return sequences[len(sequences) * rank // count : len(sequences) * (rank + 1) // count]
 
 
-def sum_over_processes(model: nn.Module, loss_sum: Tensor, accelerator: Accelerator) -> Tensor:
-    """Sum adapter gradients and losses over processes in one flat all-reduce."""
+def sum_over_processes(
+    model: nn.Module, loss_sum: Tensor, num_tokens: int, accelerator: Accelerator
+) -> tuple[Tensor, int]:
+    """Sum adapter gradients, losses and tokens over processes in one flat all-reduce."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    flat = torch.cat([*(g.float().flatten() for g in gradients), loss_sum.float().view(1).to(accelerator.device)])
+    counts = torch.tensor([float(loss_sum), num_tokens], dtype=torch.float32, device=accelerator.device)
+    flat = torch.cat([*(g.float().flatten() for g in gradients), counts])
     flat = accelerator.reduce(flat, reduction="sum")
     offset = 0
     for parameter in parameters:
         parameter.grad = flat[offset : offset + parameter.numel()].view_as(parameter).to(parameter.dtype)
         offset += parameter.numel()
-    total: Tensor = flat[-1].double().cpu()
-    return total
+    return flat[-2].double().cpu(), int(flat[-1])
 
 
 def train(
