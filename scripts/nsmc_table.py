@@ -83,20 +83,24 @@ def tune(data: Path, out: Path, rows: int, limit: int) -> None:
     """Compare candidates on validation reviews."""
     for name in CANDIDATES:
         folder = train(name, data, out, rows, seed=0)
-        print(describe(name, evaluate(folder, folder.name, data, "validation", out, num_shots=0, limit=limit)), flush=True)
+        print(
+            describe(name, evaluate(folder, folder.name, data, "validation", out, num_shots=0, limit=limit)), flush=True
+        )
 
 
-def test(data: Path, out: Path, rows: int, num_seeds: int, shots: list[int]) -> None:
+def test(data: Path, out: Path, rows: int, num_seeds: int, shots: list[int], items: int | str) -> None:
     """Evaluate base and chosen settings on the whole test file, several seeds."""
     for num_shots in shots:
         for seed in range(num_seeds if num_shots else 1):
-            options = {"num_shots": num_shots, "limit": "all", "seed": 1234 + seed}
-            print(describe(f"base {num_shots} shots seed {seed}", evaluate("nano", "base", data, "test", out, **options)))
+            options = {"num_shots": num_shots, "limit": items, "seed": 1234 + seed}
+            print(
+                describe(f"base {num_shots} shots seed {seed}", evaluate("nano", "base", data, "test", out, **options))
+            )
         for label, name in CHOSEN.items():
             values = []
             for seed in range(num_seeds):
                 folder = train(name, data, out, rows, seed)
-                options = {"num_shots": num_shots, "limit": "all", "seed": 1234 + seed}
+                options = {"num_shots": num_shots, "limit": items, "seed": 1234 + seed}
                 results = evaluate(folder, folder.name, data, "test", out, **options)
                 values.append([result["scores"]["likelihood"]["value"] for result in results])
                 print(describe(f"{label} {num_shots} shots seed {seed}", results), flush=True)
@@ -112,12 +116,14 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8000, help="training reviews")
     parser.add_argument("--limit", type=int, default=2000, help="validation reviews while tuning")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--items", default="all", help="test reviews, or all")
     parser.add_argument("--shots", type=int, nargs="+", default=[0, 10])
     arguments = parser.parse_args()
+    items = arguments.items if arguments.items == "all" else int(arguments.items)
     if arguments.stage == "tune":
         tune(arguments.data, arguments.out, arguments.rows, arguments.limit)
     else:
-        test(arguments.data, arguments.out, arguments.rows, arguments.seeds, arguments.shots)
+        test(arguments.data, arguments.out, arguments.rows, arguments.seeds, arguments.shots, items)
 
 
 if __name__ == "__main__":

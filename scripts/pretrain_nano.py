@@ -80,7 +80,8 @@ def read_documents(folder: Path) -> list[str]:
     """Return the paragraphs of every gzipped text in a folder, a few thousand characters each."""
     documents = []
     for path in sorted(folder.glob("*.txt.gz")):
-        text = gzip.open(path, "rt", encoding="utf-8").read()
+        with gzip.open(path, "rt", encoding="utf-8") as file:
+            text = file.read()
         piece: list[str] = []
         size = 0
         for paragraph in text.split("\n\n"):

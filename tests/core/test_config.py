@@ -85,9 +85,7 @@ def test_later_layers_win_key_by_key_and_origins_follow() -> None:
     )
     training = resolved.settings.training
     assert (training.learning_rate, training.warmup, training.epochs) == (0.02, 0.2, 4.0)
-    origins = {
-        key: resolved.origins[f"training.{key}"] for key in ("learning_rate", "warmup", "epochs", "seed")
-    }
+    origins = {key: resolved.origins[f"training.{key}"] for key in ("learning_rate", "warmup", "epochs", "seed")}
     assert origins == {"learning_rate": "method", "warmup": "recipe", "epochs": "flag", "seed": "default"}
     assert resolved.origins["adapter.method"] == "file" and resolved.origins["out"] == "default"
 
@@ -103,9 +101,7 @@ def test_a_section_replaced_by_a_name_leaves_no_origin_behind() -> None:
     resolved = settle(with_data(template=own), {"data": {"template": "koat"}})
     assert (resolved.settings.data.template, resolved.origins["data.template"]) == ("koat", "flag")
     back = settle(with_data(template="koat"), {"data": {"template": {"prompt": "{q}"}}})
-    assert (
-        back.origins["data.template.prompt"] == "flag" and back.origins["data.template.response"] == "default"
-    )
+    assert back.origins["data.template.prompt"] == "flag" and back.origins["data.template.response"] == "default"
     layers = [
         with_data(template=own),
         {"data": {"template": "koat"}},
@@ -271,10 +267,7 @@ def test_an_unknown_method_lists_the_known_ones() -> None:
 
 def test_a_key_of_another_method_is_named_as_such() -> None:
     line = only({**GOOD, "adapter": {"method": "lora", "rank": 4}}, {"adapter": {"method": "ia3"}})
-    assert (
-        line.startswith("adapter.rank: does not go with method 'ia3' (from file)")
-        and "adapter.method" in line
-    )
+    assert line.startswith("adapter.rank: does not go with method 'ia3' (from file)") and "adapter.method" in line
 
 
 def test_long_values_are_shortened() -> None:
@@ -372,9 +365,7 @@ def test_an_empty_file_and_a_byte_order_mark_are_fine(tmp_path: Path) -> None:
         ("a.json", b"[1]", ["a mapping"]),
     ],
 )
-def test_broken_files_are_named_with_the_line(
-    tmp_path: Path, name: str, content: bytes, words: list[str]
-) -> None:
+def test_broken_files_are_named_with_the_line(tmp_path: Path, name: str, content: bytes, words: list[str]) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ConfigError) as caught:
         read_config_file(tmp_path / name)

@@ -138,9 +138,7 @@ def test_a_killed_writer_leaves_the_old_or_the_new_file(tmp_path: Path) -> None:
     target, draw = tmp_path / "a.txt", random.Random(1)
     seen = set()
     for round_ in range(NUM_KILLS):
-        kill_in_the_middle(
-            lambda r=round_: write_text(target, chr(65 + r) * 1_000_000), draw.uniform(0, 0.03)
-        )
+        kill_in_the_middle(lambda r=round_: write_text(target, chr(65 + r) * 1_000_000), draw.uniform(0, 0.03))
         text = target.read_text()
         assert len(text) == 1_000_000 and len(set(text)) == 1
         seen.add(text[0])
@@ -224,9 +222,7 @@ def test_a_full_disk_is_said_and_loses_nothing(small_disk: Path) -> None:
             append_line(small_disk / "metrics.jsonl", {"step": step, "pad": "x" * 1000})
     lines = read_lines(small_disk / "metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(len(lines))) and lines
-    assert (small_disk / "a.txt").read_text() == "old" and (
-        small_disk / "adapter" / "0.txt"
-    ).read_text() == "old"
+    assert (small_disk / "a.txt").read_text() == "old" and (small_disk / "adapter" / "0.txt").read_text() == "old"
     assert names(small_disk) == ["a.txt", "adapter", "metrics.jsonl"]
 
 

@@ -32,9 +32,7 @@ def test_a_start_past_the_end_supervises_nothing() -> None:
         ((1, 2), (True, True), "nothing predicts it"),
     ],
 )
-def test_contradictions_are_refused(
-    token_ids: tuple[int, ...], supervised: tuple[bool, ...], words: str
-) -> None:
+def test_contradictions_are_refused(token_ids: tuple[int, ...], supervised: tuple[bool, ...], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         Sequence(token_ids, supervised)
 

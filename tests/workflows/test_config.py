@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from koat.adapters.methods import METHODS
 from koat.core.config import Layer, to_mapping
 from koat.core.errors import AdapterError, ConfigError
 from koat.workflows.config import PlanConfig, RunConfig, list_recipes, merge_values, read_recipe, resolve_run
@@ -23,14 +24,13 @@ def test_a_method_brings_its_learning_rate_and_a_flag_overrides_it() -> None:
     assert (named.settings.training.learning_rate, named.origins["training.learning_rate"]) == (0.125, "flag")
 
 
-def test_the_learning_rate_goes_with_the_targets() -> None:
-    rates = {
-        targets: resolve_run(
-            RunConfig, flags={**NEEDED, "adapter": {"targets": targets}}
-        ).settings.training.learning_rate
-        for targets in ("paper", "all-linear")
-    }
-    assert rates["paper"] != rates["all-linear"]
+def test_the_learning_rate_goes_with_the_targets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(METHODS["ia3"].learning_rates, "paper", 0.25)
+    monkeypatch.setitem(METHODS["ia3"].learning_rates, "", 0.5)
+    for targets, rate in (("paper", 0.25), ("attention", 0.5), (["k_proj"], 0.5), (None, 0.25)):
+        adapter = {} if targets is None else {"targets": targets}
+        training = resolve_run(RunConfig, flags={**NEEDED, "adapter": adapter}).settings.training
+        assert training.learning_rate == rate
 
 
 def test_later_sources_win(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import yaml
 from safetensors.torch import load_file
 
 import koat
+from koat.adapters.methods import METHODS
 from koat.core.errors import ConfigError, RunFolderError
 from koat.core.json_lines import read_lines
 from koat.core.run_folder import RunFolder
@@ -69,7 +70,9 @@ def test_the_configuration_kept_is_the_resolved_one(finished: Path, place: Path)
     kept = yaml.safe_load((finished / "config.yaml").read_text(encoding="utf-8"))
     assert kept["model"]["base"] == str(place / "base")
     assert kept["adapter"] == {"method": "ia3", "targets": "paper", "feedforward": []}
-    assert (kept["training"]["max_steps"], kept["training"]["learning_rate"]) == (6, 0.05)
+    assert (kept["training"]["max_steps"], kept["training"]["seed"]) == (6, 3)
+    rates = METHODS["ia3"].learning_rates
+    assert kept["training"]["learning_rate"] == rates.get("paper", rates[""])
     assert kept["data"]["template"] == "koalpaca"
 
 

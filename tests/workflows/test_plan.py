@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import koat
+from koat.adapters.methods import METHODS
 from tests.tiny_base import call_koat, need_shared
 
 
@@ -56,7 +57,7 @@ def test_settings_come_with_their_origins(tmp_path: Path, place: Path) -> None:
     assert origins["training.batch_size"] == (3, "file")
     assert origins["adapter.targets"] == ("attention", "file")
     assert origins["adapter.method"] == ("ia3", "flag")
-    assert origins["training.learning_rate"] == (2e-2, "method")
+    assert origins["training.learning_rate"] == (METHODS["ia3"].learning_rates[""], "method")
     assert origins["training.epochs"] == (1.0, "default")
     assert origins["model.base"] == (str(place / "base"), "flag")
 

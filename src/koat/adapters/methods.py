@@ -89,6 +89,6 @@ def check_combination(name: str, weight_decay: float, checkpointing: bool) -> No
 def default_values(method: str, targets: Any = None) -> dict[str, Any]:
     """Return the settings that a method brings with it, as a configuration layer."""
     row = find_method(method)
-    key = targets if isinstance(targets, str) else row.settings.model_fields["targets"].default
-    rate = row.learning_rates.get(key, row.learning_rates[""])
+    key = row.settings.model_fields["targets"].default if targets is None else targets
+    rate = row.learning_rates.get(key if isinstance(key, str) else "", row.learning_rates[""])
     return {"training": {"learning_rate": rate}}

@@ -102,7 +102,13 @@ def hold_out(records: list[Record], fraction: float, seed: int) -> tuple[list[Re
 
 
 def draw(records: ListLike[Record], limit: int | None, rng: random.Random) -> list[Record]:
-    """Return at most `limit` records, drawn at random, in their own order."""
+    """Return at most `limit` records in their own order, drawn by whole groups so that contexts stay shared."""
     if limit is None or limit >= len(records):
         return list(records)
-    return [records[index] for index in sorted(rng.sample(range(len(records)), limit))]
+    groups: dict[str, list[int]] = {}
+    for index, record in enumerate(records):
+        groups.setdefault(record.group or f"\0{index}", []).append(index)
+    names = list(groups)
+    rng.shuffle(names)
+    drawn = [index for name in names for index in groups[name]][:limit]
+    return [records[index] for index in sorted(drawn)]

@@ -109,7 +109,7 @@ def claim_run(config: RunConfig, out: Path, resume: bool, overwrite: bool) -> Ru
     run = RunFolder.open(out, require=("config.yaml",))
     if run.is_complete():
         raise RunFolderError(f"The run in {out} is finished; there is nothing to resume.")
-    stored, wanted = run.read_config(), to_mapping(config)
+    stored, wanted = run.read_config(), settle_paths(config)
     differing = sorted(
         f"{section}.{key}"
         for section in wanted
@@ -136,8 +136,16 @@ def begin_run(run: RunFolder, config: RunConfig, manifest: dict[str, Any], resum
                 f"The run in {run.path} cannot go on: its {' and '.join(changed)} changed since it began. "
                 "Put back what it was trained on, or begin another run with another `out`."
             )
-    run.write_config(to_mapping(config))
+    run.write_config(settle_paths(config))
     run.write_manifest(manifest)
+
+
+def settle_paths(config: RunConfig) -> dict[str, Any]:
+    """Return the settings with a local base by its whole path, so that the run is found from anywhere."""
+    values = to_mapping(config)
+    if Path(config.model.base).is_dir():
+        values["model"]["base"] = str(Path(config.model.base).resolve())
+    return values
 
 
 def make_accelerator(model: ModelSettings, training: TrainingSettings) -> Accelerator:
