@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from koat.core.sequence import Sequence
-from koat.forest.pack import MicroBatch, RowCost, batch_rows, plan_rows, plan_separate_rows
+from koat.forest.pack import MicroBatch, RowCost, batch_rows, divide_sizes, plan_rows, plan_separate_rows
 
 
 def draw_set(seed: int, number: int, letters: int = 2, longest: int = 12) -> list[Sequence]:
@@ -130,3 +130,21 @@ def test_a_micro_batch_moves_whole() -> None:
     names = ("token_ids", "position", "subtree_end", "source", "target", "owner")
     assert all(getattr(moved, name).device.type == "meta" for name in names)
     assert (moved.rows, moved.num_tokens) == (batch.rows, batch.num_tokens)
+
+
+@pytest.mark.parametrize("start_up", [0.0, 3.0, 40.0])
+@pytest.mark.parametrize("budget", [5, 30, 1000])
+def test_micro_batches_are_the_cheapest_division(start_up: float, budget: int) -> None:
+    rng = np.random.default_rng(7)
+    for _ in range(8):
+        sizes = sorted((int(size) for size in rng.integers(1, 20, rng.integers(1, 9))), reverse=True)
+        cost = RowCost(0.05, start_up)
+
+        def price(pieces: list[list[int]], cost: RowCost = cost) -> float:
+            fits = all(len(piece) == 1 or max(piece) * len(piece) <= budget for piece in pieces)
+            each = [len(piece) * (max(piece) + 0.05 * max(piece) ** 2) + start_up for piece in pieces]
+            return sum(each) if fits else float("inf")
+
+        found = [sizes[start:end] for start, end in divide_sizes(sizes, budget, cost)]
+        assert [size for piece in found for size in piece] == sizes
+        assert price(found) == pytest.approx(min(price(pieces) for pieces in divide(sizes)))

@@ -22,13 +22,20 @@ from koat.forest.build import Tokens, build_forest, measure_shared, sort_inputs,
 
 @dataclass(frozen=True, slots=True)
 class RowCost:
-    """What a row of T tokens costs: `T + T * T * quadratic`, in units of one token through the layers."""
+    """What a row of T tokens costs: `T + T * T * quadratic`, in units of one token through the layers.
+
+    `start_up` is what a micro-batch costs besides its rows: launching every layer once.
+    """
 
     quadratic: float
+    start_up: float = 16.0
 
     def __call__(self, length: NDArray[np.float64]) -> NDArray[np.float64]:
         cost: NDArray[np.float64] = length + length * length * self.quadratic
         return cost
+
+
+PLAIN_COST = RowCost(0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +137,11 @@ def count_tokens(inputs: ListLike[Tokens], row: ListLike[int]) -> int:
 
 
 def batch_rows(
-    sequences: ListLike[Sequence], rows: ListLike[ListLike[int]], token_budget: int, length_multiple: int = 1
+    sequences: ListLike[Sequence],
+    rows: ListLike[ListLike[int]],
+    token_budget: int,
+    length_multiple: int = 1,
+    cost: RowCost = PLAIN_COST,
 ) -> Iterator[MicroBatch]:
     """Yield micro-batches of rows of similar length, at most `token_budget` tokens with padding.
 
@@ -139,13 +150,30 @@ def batch_rows(
     """
     inputs = [take_inputs(sequence) for sequence in sequences]
     sizes = [bucket_length(count_tokens(inputs, row), length_multiple) for row in rows]
-    pending: list[ListLike[int]] = []
-    longest = 0
-    for number in sorted(range(len(rows)), key=lambda n: (-sizes[n], n)):
-        if pending and longest * (len(pending) + 1) > token_budget:
-            yield collate_rows(sequences, pending, length_multiple)
-            pending = []
-        longest = longest if pending else sizes[number]
-        pending.append(rows[number])
-    if pending:
-        yield collate_rows(sequences, pending, length_multiple)
+    order = sorted(range(len(rows)), key=lambda number: (-sizes[number], number))
+    for start, end in divide_sizes([sizes[number] for number in order], token_budget, cost):
+        yield collate_rows(sequences, [rows[number] for number in order[start:end]], length_multiple)
+
+
+def divide_sizes(sizes: ListLike[int], token_budget: int, cost: RowCost) -> list[tuple[int, int]]:
+    """Divide rows, longest first, into micro-batches of least total cost; return (start, end) of each.
+
+    A row is padded to the first and longest of its micro-batch; a micro-batch costs its start-up on top.
+    Padding against start-up is settled by the same search as the cutting of rows.
+    """
+    lengths = np.array(sizes, dtype=np.int64)
+    price = cost(lengths.astype(np.float64))
+    best = np.zeros(len(sizes) + 1)
+    cut = np.zeros(len(sizes) + 1, dtype=np.int64)
+    for end in range(1, len(sizes) + 1):
+        starts = np.arange(end)
+        counts = end - starts
+        fits = (lengths[:end] * counts <= token_budget) | (counts == 1)
+        total = np.where(fits, best[:end] + counts * price[:end] + cost.start_up, np.inf)
+        cut[end] = int(np.argmin(total))
+        best[end] = total[cut[end]]
+    pieces, end = [], len(sizes)
+    while end > 0:
+        pieces.append((int(cut[end]), end))
+        end = int(cut[end])
+    return pieces[::-1]
