@@ -59,7 +59,7 @@ class Ours:
     def score(self, layout: Layout | None = None) -> Tensor:
         """Return every continuation's log-probability `[N]`."""
         scored = score_requests(self.model, layout or self.layout, self.encode(), token_budget=TOKEN_BUDGET)
-        return torch.tensor([value for item in scored.scores for value in item.choice_logprobs])
+        return torch.tensor([value for item in scored.scores for value in item.choice_logprobs], dtype=torch.float64)
 
 
 def make_instances(questions: ListLike[Question]) -> list[Any]:
@@ -85,7 +85,7 @@ def build_peer(model: Any, tokenizer: Any, device: torch.device) -> Any:
 def run_peer(peer: Any, instances: ListLike[Any], batch_size: int) -> Tensor:
     """Return every continuation's log-probability `[N]` from the harness."""
     peer.batch_size_per_gpu = batch_size
-    return torch.tensor([value for value, _ in peer.loglikelihood(instances, disable_tqdm=True)])
+    return torch.tensor([value for value, _ in peer.loglikelihood(instances, disable_tqdm=True)], dtype=torch.float64)
 
 
 def count_peer_tokens(requests: ListLike[ChoiceRequest], batch_size: int) -> tuple[int, int]:

@@ -218,7 +218,7 @@ REAL: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     ),
     "seed tasks": (
         "instructions_en/seed_tasks_alpaca.json",
-        {"validation_fraction": 0.1, "template": "alpaca", "max_length": 256, "overflow": "drop"},
+        {"validation_fraction": 0.1, "template": "alpaca", "max_length": 1024, "overflow": "drop"},
         {"max_steps": 2, "batch_size": 2},
     ),
     "KorQuAD": (

@@ -199,7 +199,10 @@ def describe_run(
         "total_parameters": count_parameters(model.get_base_model()) - sum(
             p.numel() for p in model.parameters() if p.requires_grad
         ),
-        "base": {"name": config.model.base, "fingerprint": fingerprint_base(config.model, base_config)},
+        "base": {
+            "name": settle_paths(config)["model"]["base"],
+            "fingerprint": fingerprint_base(config.model, base_config),
+        },
         "seed": config.training.seed,
         "templates": [template.to_mapping() for template in examples.templates],
         "examples": {"train": len(examples.train), "validation": len(examples.validation)},
