@@ -60,7 +60,7 @@ def cut_sequences(
     """Lay sequences out in micro-batches of at most `token_budget` tokens, as `layout` has it."""
     if layout.plan is None:
         rows = plan_separate_rows(sequences)
-        yield from batch_rows(sequences, rows, 1 if layout.alone else token_budget)
+        yield from batch_rows(sequences, rows, 1 if layout.alone else token_budget, cost=layout.cost)
         return
     limit = min(max_row_length or layout.max_row_length, token_budget)
     rows = plan_rows(sequences, layout.cost, limit)
