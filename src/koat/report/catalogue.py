@@ -4,23 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from types import NoneType, UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Union, get_args, get_origin
 
+from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from koat.core.config import Section
+from koat.core.schema import find_sections
 from koat.report.settings import show_value
 from koat.report.tables import make_table, print_table
 
 
-def find_sections(annotation: Any) -> list[type[Section]]:
-    """Return the sections that a field's type holds, unions and annotations unwrapped."""
-    if get_origin(annotation) in (Union, UnionType, Annotated):
-        return [section for part in get_args(annotation) for section in find_sections(part)]
-    return [annotation] if isinstance(annotation, type) and issubclass(annotation, Section) else []
-
-
-def list_settings(schema: type[Section], prefix: str = "", label: str = "") -> Iterator[tuple[str, str, str]]:
+def list_settings(schema: type[BaseModel], prefix: str = "", label: str = "") -> Iterator[tuple[str, str, str]]:
     """Yield (key, default, help) for each setting; where methods differ, the key says which one it is of."""
     for name, field in schema.model_fields.items():
         sections = find_sections(field.annotation)
