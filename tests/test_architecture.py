@@ -23,7 +23,7 @@ FLOORS = (
 MAX_LINES = 300
 MAX_FUNCTION_LINES = 60
 PICKLERS = {"pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
-SPEAKERS = ("report", "workflows/shell.py", "workflows/demo.py", "cli.py")
+SPEAKERS = ("report", "workflows/shell.py", "workflows/demo.py", "cli/")
 """Where `print` may stand: what people look at."""
 
 

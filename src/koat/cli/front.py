@@ -1,0 +1,63 @@
+"""The group that all commands belong to, how it ends, and what commands share."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+import click
+
+from koat.core.errors import KoatError
+
+HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+@click.group(context_settings=HELP)
+@click.version_option(package_name="koat")
+def koat() -> None:
+    """Fine-tune causal language models with few parameters, and prove what that bought.
+
+    \b
+    Begin with:
+      koat demo                              everything at once, on a small model that ships
+      koat data inspect my_data.jsonl        what is in your data, how long it is
+      koat plan --base DIR_OR_ID             what a run will take, before it takes it
+      koat finetune --base DIR_OR_ID --data my_data.jsonl --method ia3 --out runs/mine
+      koat eval runs/mine --task nsmc-prompt1 --data test.tsv --shots-from train.tsv
+
+    Settings can be given as `section.key=value` on every command; `koat settings` lists them all.
+    """
+
+
+def read_flags(overrides: tuple[str, ...], named: dict[str, Any]) -> dict[str, Any]:
+    """Merge options such as --base into `key=value` overrides; overrides win."""
+    from koat.core.config_files import parse_overrides
+
+    merged: dict[str, dict[str, Any]] = {}
+    for key, value in named.items():
+        if value not in (None, (), []):
+            section, _, name = key.partition(".")
+            merged.setdefault(section, {})[name] = value
+    for section, values in parse_overrides(overrides).items():
+        merged[section] = {**merged.get(section, {}), **values} if isinstance(values, dict) else values
+    return merged
+
+
+def main() -> None:
+    """Run the command line: status 2 and a plain message for what a user can mend."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    try:
+        koat(standalone_mode=False)
+    except KoatError as error:
+        click.echo(f"koat: {error}", err=True)
+        sys.exit(2)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("\nkoat: stopped. A training run goes on with `koat finetune --resume RUN`.", err=True)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(0)
