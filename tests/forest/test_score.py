@@ -158,7 +158,7 @@ def test_every_adapter(prepare, make_sequences, score_singly, family, adapter) -
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_kernel(prepare, make_sequences, score_singly, family, attention) -> None:
     model, sequences = prepare(family, "ia3 all-linear", attention), make_sequences("mixed")
-    layout = share(model)
+    layout, _ = verify_layout(model, attention)
     assert layout.plan.kernel == attention
     expected = run_single(model, sequences, score_singly)
     assert_same(run_layout(model, sequences, layout, *CUTS["many rows"]), expected)

@@ -14,6 +14,7 @@ from koat.core.config import Section
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Quantisation = Literal["none", "8bit", "nf4", "nf4-double"]
 
 
 class ModelSettings(Section):
@@ -22,7 +23,13 @@ class ModelSettings(Section):
     base: str = Field(description="Folder or Hub id of the base model; `nano` is the small one that ships.")
     revision: str | None = Field(None, description="Branch, tag or commit on the Hub.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Type of the frozen weights; `auto` takes bfloat16 on CUDA, float32 elsewhere."
+        "auto",
+        description="Type of the frozen weights; `auto` takes bfloat16 on CUDA or when quantised, float32 elsewhere.",
+    )
+    quantisation: Quantisation = Field(
+        "none",
+        description="Linear layers in 8 bit (LLM.int8()), 4 bit (NF4), or 4 bit with their scales quantised too; "
+        "they compute in `dtype`.",
     )
     device: str = Field("auto", description="`auto`, `cpu`, `cuda` or `cuda:N`.")
     layout: Literal["auto", "forest", "padded"] = Field(
@@ -30,7 +37,9 @@ class ModelSettings(Section):
         description="`forest` shares prefixes; `padded` runs one sequence a row; `auto` verifies, then chooses.",
     )
     attention: Literal["auto", "sdpa", "flex", "eager"] = Field(
-        "auto", description="Attention kernel; `auto` takes flex on CUDA where the family has it, sdpa elsewhere."
+        "auto",
+        description="Attention kernel; `auto` takes flex on CUDA where the family has it, and on a CPU sdpa called "
+        "tree by tree; `sdpa` keeps to dense masks.",
     )
     trust_remote_code: bool = Field(
         False, description="Run Python code that comes with the model. Only for publishers you trust."
@@ -98,6 +107,10 @@ class TrainingSettings(Section):
     learning_rate: float = Field(1e-3, gt=0, description="Peak learning rate; each method brings its own default.")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="Shape after the warm-up.")
     warmup: Fraction = Field(0.05, description="Share of the steps over which the learning rate rises.")
+    optimizer: Literal["adamw", "adamw-8bit", "adamw-paged"] = Field(
+        "adamw",
+        description="`adamw-8bit` keeps its moments in 8 bits; `adamw-paged` moves them to the CPU when a GPU is full.",
+    )
     weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay.")
     betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's moment decay rates.")
     max_grad_norm: float = Field(1.0, ge=0, description="Clip the gradient to this norm; 0 leaves it alone.")

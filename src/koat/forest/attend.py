@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-Kernel = Literal["sdpa", "eager", "flex"]
+Kernel = Literal["walk", "sdpa", "eager", "flex"]
 FLEX_BLOCK = 128
 
 
@@ -46,6 +46,7 @@ def render_mask(plan: AttentionPlan, position: Tensor, subtree_end: Tensor, dtyp
 
     Returns what the model's `attention_mask` takes: a boolean `[R, 1, L, L]` for SDPA, an additive one of
     `dtype` for eager attention, a `BlockMask` for FlexAttention, or a mapping from layer type to one of them.
+    Walked attention reads no mask; an empty one `[R, 1, 1, L]` keeps the model from making its own.
     """
     rendered: dict[int | None, Any] = {}
     for _, window in plan.windows:
@@ -59,6 +60,8 @@ def render_mask(plan: AttentionPlan, position: Tensor, subtree_end: Tensor, dtyp
 def _render_one(kernel: Kernel, position: Tensor, subtree_end: Tensor, window: int | None, dtype: torch.dtype) -> Any:
     if kernel == "flex":
         return make_block_mask(position, subtree_end, window)
+    if kernel == "walk":
+        return torch.ones_like(position, dtype=torch.bool)[:, None, None]
     visible = make_visible(position, subtree_end, window)
     if kernel == "sdpa":
         return visible

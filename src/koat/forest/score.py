@@ -17,6 +17,7 @@ from koat.core.sequence import Sequence
 from koat.forest.attend import FLEX_BLOCK, AttentionPlan, render_mask
 from koat.forest.head import gather_logprobs, head_logprobs, head_scores
 from koat.forest.pack import MicroBatch, RowCost, batch_rows, plan_rows, plan_separate_rows
+from koat.forest.walk import Walk
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +45,14 @@ def estimate_row_cost(config: Any, kernel: str) -> RowCost:
     """Estimate the price of attention from a model's shape.
 
     A token costs about `24 * hidden^2` operations per layer in matrix products and `4 * hidden` per key it is
-    multiplied with. Dense masked attention runs at about half the rate of the products; block masks skip
-    what is hidden, so most of a long row costs nothing. Starting a micro-batch took as long as 16 to 48 tokens
-    on a CPU (8 layers of 512); a GPU computes a thousand meanwhile.
+    multiplied with. Dense masked attention runs at about half the rate of the products; block masks and
+    walked attention skip what is hidden, so most of a long row costs nothing. Starting a micro-batch took as
+    long as 16 to 48 tokens on a CPU (8 layers of 512); a GPU computes a thousand meanwhile.
     """
     hidden = int(getattr(config, "hidden_size", None) or config.n_embd)
-    if kernel == "flex":
-        return RowCost(0.1 / (3 * hidden), start_up=1024.0)
+    skips_hidden = {"flex": 1024.0, "walk": 32.0}
+    if kernel in skips_hidden:
+        return RowCost(0.1 / (3 * hidden), start_up=skips_hidden[kernel])
     return RowCost(1 / (3 * hidden), start_up=32.0)
 
 
@@ -109,6 +111,8 @@ def make_inputs(causal: Any, batch: MicroBatch, layout: Layout) -> dict[str, Any
         return inputs
     inputs["position_ids"] = batch.position
     inputs["attention_mask"] = render_mask(layout.plan, batch.position, batch.subtree_end, causal.dtype)
+    if layout.plan.kernel == "walk":
+        inputs["walk"] = Walk(batch.position, batch.subtree_end)
     return inputs
 
 

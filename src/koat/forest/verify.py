@@ -21,6 +21,7 @@ from koat.core.sequence import Sequence
 from koat.forest.attend import AttentionPlan, Kernel, find_windows
 from koat.forest.pack import RowCost
 from koat.forest.score import Layout, cut_sequences, estimate_row_cost, token_logprobs, unwrap
+from koat.forest.walk import IMPLEMENTATION, register_walk
 
 TWIN_TOLERANCE = 2e-4
 """Largest log-probability difference on the float32 twin; a wrong mask or position gives 1e-2 and more."""
@@ -150,16 +151,33 @@ def estimate_rounding(model: nn.Module, sequences: ListLike[Sequence]) -> float:
 
 def find_kernel(config: Any) -> Kernel:
     """Return the kernel whose mask a loaded model understands, from its configuration."""
-    known: dict[str, Kernel] = {"sdpa": "sdpa", "flex_attention": "flex"}
+    known: dict[str, Kernel] = {"sdpa": "sdpa", "flex_attention": "flex", IMPLEMENTATION: "walk"}
     return known.get(config._attn_implementation, "eager")
 
 
+def set_kernel(model: nn.Module, kernel: Kernel) -> None:
+    """Let a model's layers compute attention with a kernel; they look it up at each pass."""
+    names = {"flex": "flex_attention", "walk": IMPLEMENTATION}
+    unwrap(model).config._attn_implementation = names.get(kernel, kernel)
+
+
+def list_kernels(causal: Any, wanted: str) -> list[Kernel]:
+    """Return the kernels worth trying: on a CPU, where SDPA serves, walked attention before it."""
+    kernel = find_kernel(causal.config)
+    if causal.device.type != "cpu" or kernel not in ("sdpa", "walk"):
+        return [kernel]
+    if wanted == "sdpa":
+        return ["sdpa"]
+    register_walk()
+    return ["walk", "sdpa"]
+
+
 def list_candidates(config: Any, kernel: Kernel) -> list[Layout]:
-    """Return the layouts worth trying, the most sharing first."""
+    """Return the layouts worth trying with a kernel, the most sharing first."""
     windows = find_windows(config)
     cost = estimate_row_cost(config, kernel)
     longest = int(getattr(config, "max_position_embeddings", None) or 2048)
-    limit = max(longest, 2048) if kernel != "flex" else max(longest, 8192)
+    limit = max(longest, 2048 if kernel in ("sdpa", "eager") else 8192)
     by_type = AttentionPlan(kernel, tuple(windows.items()), by_type=True)
     single = AttentionPlan(kernel, tuple(windows.items())[:1])
     plans = [by_type, single] if getattr(config, "layer_types", None) else [single]
@@ -187,21 +205,23 @@ def _try_layout(model: nn.Module, probe: ListLike[Sequence], layout: Layout) -> 
 
 
 @torch.no_grad()
-def verify_layout(model: nn.Module) -> tuple[Layout, Verification]:
+def verify_layout(model: nn.Module, attention: str = "auto") -> tuple[Layout, Verification]:
     """Return the layout with the most sharing that computes what single sequences compute.
 
-    Falls back to padded rows when no forest layout is exact; the reason is in the `Verification`.
+    `attention` is the setting under which the model was loaded: `sdpa` keeps to dense masks. Falls back to padded rows when no forest layout is exact; the reason is in the `Verification`.
     """
     causal = unwrap(model)
     was_training = causal.training
     causal.eval()
     try:
-        return _verify(causal, find_kernel(causal.config))
+        return _verify(causal, list_kernels(causal, attention))
     finally:
         causal.train(was_training)
 
 
-def _verify(causal: Any, kernel: Kernel) -> tuple[Layout, Verification]:
+def _verify(causal: Any, kernels: list[Kernel]) -> tuple[Layout, Verification]:
+    kernel = kernels[-1]
+    set_kernel(causal, kernel)
     try:
         twin = make_twin(causal)
     except Exception as error:  # an unusual configuration class; the model itself still runs
@@ -209,7 +229,10 @@ def _verify(causal: Any, kernel: Kernel) -> tuple[Layout, Verification]:
         return make_padded(causal.config), Verification(False, False, kernel, None, None, None, str(error))
     probe = make_probe(twin.config.vocab_size)
     reasons = []
-    for layout in list_candidates(causal.config, kernel):
+    for layout in [layout for each in kernels for layout in list_candidates(causal.config, each)]:
+        assert layout.plan is not None
+        set_kernel(twin, layout.plan.kernel)
+        set_kernel(causal, layout.plan.kernel)
         twin_difference, reason = _try_layout(twin, probe, _shrink_windows(layout))
         if twin_difference > TWIN_TOLERANCE:
             reasons.append(reason or f"log-probabilities differ by {twin_difference:.2g} on a float32 twin")
@@ -219,10 +242,14 @@ def _verify(causal: Any, kernel: Kernel) -> tuple[Layout, Verification]:
         noise = max(noise, estimate_rounding(causal, real))
         difference, reason = _try_layout(causal, real, layout)
         if difference <= max(FLOOR, NOISE_FACTOR * noise):
-            found = Verification(True, layout.split_head, kernel, twin_difference, difference, noise, "exact")
+            found = Verification(
+                True, layout.split_head, layout.plan.kernel, twin_difference, difference, noise, "exact"
+            )
             return layout, found
         reasons.append(reason or f"log-probabilities differ by {difference:.2g}, batching alone by {noise:.2g}")
-    layout, reason = _fall_back(twin, probe), reasons[0] if reasons else "not tried"
+    set_kernel(twin, kernel)
+    set_kernel(causal, kernel)
+    layout, reason = _fall_back(twin, probe), reasons[-1] if reasons else "not tried"
     instead = "one sequence at a time" if layout.alone else "padded batches"
     log.warning("Prefixes are not shared for this model (%s): running %s instead.", reason, instead)
     return layout, Verification(False, layout.split_head, kernel, None, None, None, reason)

@@ -94,7 +94,7 @@ def load_subject(name: str, settings: ModelSettings, adapter: Path | None, predi
     model: nn.Module = load_model(settings)
     if adapter is not None:
         model = restore_adapter(model, adapter).eval()
-    layout, verification = verify_layout(model)
+    layout, verification = verify_layout(model, settings.attention)
     return Subject(name, model, tokenizer, layout, verification, predictions)
 
 

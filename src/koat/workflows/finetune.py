@@ -159,7 +159,7 @@ def make_accelerator(model: ModelSettings, training: TrainingSettings) -> Accele
 
 def choose_layout(model: nn.Module, settings: ModelSettings) -> tuple[Layout, Verification]:
     """Verify the model and return the layout to use; `padded` is taken at its word."""
-    layout, verification = verify_layout(model)
+    layout, verification = verify_layout(model, settings.attention)
     if settings.layout == "padded" and layout.shares:
         from dataclasses import replace
 

@@ -1,0 +1,156 @@
+"""Attention over a forest on a CPU, walked piece by piece, never touching a block that nobody may see.
+
+A dense mask makes the kernel multiply every query with every key and throw most of it away; PyTorch's causal
+kernel skips half. Each piece here (`koat.forest.pieces`) is one call of PyTorch's own CPU flash attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as ListLike
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from koat.forest.attend import make_visible
+from koat.forest.pieces import Piece, cut_row
+
+IMPLEMENTATION = "koat_walk"
+"""The name under which transformers finds this attention."""
+UNKNOWN = ("softcap", "s_aux", "position_bias")
+"""What some families add to attention and this kernel does not compute; `koat.forest.verify` then takes another."""
+
+
+@dataclass(frozen=True)
+class Walk:
+    """The pieces of a micro-batch (`position`, `subtree_end`: `[R, L]`), made once for each window."""
+
+    position: Tensor
+    subtree_end: Tensor
+    made: dict[int | None, list[Piece]] = field(default_factory=dict)
+
+    def list_pieces(self, window: int | None) -> list[Piece]:
+        """Return all rows' pieces under a sliding window (None: unlimited)."""
+        if window not in self.made:
+            rows = zip(self.position.numpy(), self.subtree_end.numpy(), strict=True)
+            self.made[window] = [
+                piece
+                for row, (position, subtree_end) in enumerate(rows)
+                for piece in cut_row(row, position, subtree_end, window)
+            ]
+        return self.made[window]
+
+
+class WalkAttention(torch.autograd.Function):
+    """Attention of `query [R, H, L, D]` to `key`, `value` `[R, G, L, D]` (H a multiple of G), as `[R, L, H, D]`."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, pieces: ListLike[Piece], scaling: float) -> Tensor:
+        """Run each piece; a token in no piece is alone in its tree and gets its own value."""
+        repeats = query.shape[1] // key.shape[1]
+        output = value.repeat_interleave(repeats, 1).transpose(1, 2).contiguous()
+        sums = []
+        for piece in pieces:
+            part, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                take_queries(query, piece), take_keys(key, piece, repeats), take_keys(value, piece, repeats),
+                0.0, piece.mask is None, attn_mask=shape_mask(piece), scale=scaling,
+            )  # fmt: skip
+            output[piece.row, piece.start : piece.stop] = part[0].transpose(0, 1)
+            sums.append(log_sum)
+        ctx.save_for_backward(query, key, value, output, *sums)
+        ctx.pieces, ctx.scaling = pieces, scaling
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        """Return the gradients of queries, keys and values, pieces summed where they saw the same keys."""
+        (gradient,) = gradients
+        query, key, value, output, *sums = ctx.saved_tensors
+        repeats = query.shape[1] // key.shape[1]
+        for_query = torch.zeros_like(query)
+        for_key, for_value = torch.zeros_like(key), fold_heads(gradient.transpose(1, 2), repeats).clone()
+        for piece in ctx.pieces:
+            for_value[piece.row, :, piece.start : piece.stop] = 0
+        for piece, log_sum in zip(ctx.pieces, sums, strict=True):
+            parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                take_queries(gradient.transpose(1, 2), piece), take_queries(query, piece),
+                take_keys(key, piece, repeats), take_keys(value, piece, repeats),
+                take_queries(output.transpose(1, 2), piece), log_sum,
+                0.0, piece.mask is None, attn_mask=shape_mask(piece), scale=ctx.scaling,
+            )  # fmt: skip
+            for_query[piece.row, :, piece.start : piece.stop] = parts[0][0]
+            add_keys(for_key, fold_heads(parts[1], repeats)[0], piece)
+            add_keys(for_value, fold_heads(parts[2], repeats)[0], piece)
+        return for_query, for_key, for_value, None, None
+
+
+def take_queries(heads: Tensor, piece: Piece) -> Tensor:
+    """Return a piece's queries `[1, H, n, D]` of `[R, H, L, D]`."""
+    return heads[piece.row : piece.row + 1, :, piece.start : piece.stop]
+
+
+def take_keys(heads: Tensor, piece: Piece, repeats: int) -> Tensor:
+    """Return what a piece sees, `[1, H, K, D]` of `[R, G, L, D]`, each group repeated for its queries' heads."""
+    row = heads[piece.row : piece.row + 1]
+    seen = row[:, :, piece.keys] if isinstance(piece.keys, slice) else row.index_select(2, piece.keys)
+    return seen.repeat_interleave(repeats, 1) if repeats > 1 else seen
+
+
+def add_keys(total: Tensor, part: Tensor, piece: Piece) -> None:
+    """Add a piece's share `[G, K, D]` to `total [R, G, L, D]`."""
+    if isinstance(piece.keys, slice):
+        total[piece.row, :, piece.keys] += part
+    else:
+        total[piece.row].index_add_(1, piece.keys, part)
+
+
+def fold_heads(heads: Tensor, repeats: int) -> Tensor:
+    """Sum `[R, H, L, D]` over the heads that share keys into `[R, G, L, D]`."""
+    return heads if repeats == 1 else torch.unflatten(heads, 1, (-1, repeats)).sum(2)
+
+
+def shape_mask(piece: Piece) -> Tensor | None:
+    """Return a piece's mask as the kernel takes it."""
+    return None if piece.mask is None else piece.mask[None, None]
+
+
+def attend_walk(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    walk: Walk | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention in the form that transformers calls.
+
+    Without a `walk`, or with dropout on attention, it is transformers' own SDPA. Raises NotImplementedError
+    for what neither computes: caps, sinks, biases.
+    """
+    unknown = [name for name in UNKNOWN if kwargs.get(name) is not None]
+    if unknown:
+        raise NotImplementedError(f"walked attention knows no {', '.join(unknown)}")
+    if walk is None or dropout:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        mask = attention_mask if walk is None else make_visible(walk.position, walk.subtree_end, sliding_window)
+        return sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, **kwargs)
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    output: Tensor = WalkAttention.apply(query, key, value, walk.list_pieces(sliding_window), scale)  # type: ignore[no-untyped-call]
+    return output, None
+
+
+def register_walk() -> None:
+    """Make this attention known to transformers; masks that a model makes itself are SDPA's."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+    AttentionInterface.register(IMPLEMENTATION, attend_walk)
+    AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
