@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from koat.core.sequence import Sequence
-from koat.forest.attend import FLEX_BLOCK, AttentionPlan, render_mask
+from koat.forest.attend import FLEX_BLOCK, AttentionPlan, Kernel, render_mask
 from koat.forest.head import gather_logprobs, head_logprobs, head_scores
 from koat.forest.pack import MicroBatch, RowCost, batch_rows, plan_rows, plan_separate_rows
-from koat.forest.walk import Walk
+from koat.forest.walk import IMPLEMENTATION, Walk, register_walk
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,11 +109,20 @@ def make_inputs(causal: Any, batch: MicroBatch, layout: Layout) -> dict[str, Any
         index = torch.arange(batch.token_ids.shape[1], device=batch.token_ids.device)
         inputs["attention_mask"] = (index < lengths).long()
         return inputs
+    set_kernel(causal, layout.plan.kernel)
     inputs["position_ids"] = batch.position
     inputs["attention_mask"] = render_mask(layout.plan, batch.position, batch.subtree_end, causal.dtype)
     if layout.plan.kernel == "walk":
         inputs["walk"] = Walk(batch.position, batch.subtree_end)
     return inputs
+
+
+def set_kernel(causal: Any, kernel: Kernel) -> None:
+    """Let a model's layers compute attention with a kernel; they look it up at each pass."""
+    if kernel == "walk":
+        register_walk()
+    names = {"flex": "flex_attention", "walk": IMPLEMENTATION}
+    causal.config._attn_implementation = names.get(kernel, kernel)
 
 
 def sum_by_owner(values: Tensor, owner: Tensor, num_sequences: int) -> Tensor:

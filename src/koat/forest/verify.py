@@ -21,7 +21,7 @@ from koat.core.sequence import Sequence
 from koat.forest.attend import AttentionPlan, Kernel, find_windows
 from koat.forest.pack import RowCost
 from koat.forest.score import Layout, cut_sequences, estimate_row_cost, token_logprobs, unwrap
-from koat.forest.walk import IMPLEMENTATION, register_walk
+from koat.forest.walk import IMPLEMENTATION
 
 TWIN_TOLERANCE = 2e-4
 """Largest log-probability difference on the float32 twin; a wrong mask or position gives 1e-2 and more."""
@@ -155,12 +155,6 @@ def find_kernel(config: Any) -> Kernel:
     return known.get(config._attn_implementation, "eager")
 
 
-def set_kernel(model: nn.Module, kernel: Kernel) -> None:
-    """Let a model's layers compute attention with a kernel; they look it up at each pass."""
-    names = {"flex": "flex_attention", "walk": IMPLEMENTATION}
-    unwrap(model).config._attn_implementation = names.get(kernel, kernel)
-
-
 def list_kernels(causal: Any, wanted: str) -> list[Kernel]:
     """Return the kernels worth trying: on a CPU, where SDPA serves, walked attention before it."""
     kernel = find_kernel(causal.config)
@@ -168,7 +162,6 @@ def list_kernels(causal: Any, wanted: str) -> list[Kernel]:
         return [kernel]
     if wanted == "sdpa":
         return ["sdpa"]
-    register_walk()
     return ["walk", "sdpa"]
 
 
@@ -208,7 +201,8 @@ def _try_layout(model: nn.Module, probe: ListLike[Sequence], layout: Layout) -> 
 def verify_layout(model: nn.Module, attention: str = "auto") -> tuple[Layout, Verification]:
     """Return the layout with the most sharing that computes what single sequences compute.
 
-    `attention` is the setting under which the model was loaded: `sdpa` keeps to dense masks. Falls back to padded rows when no forest layout is exact; the reason is in the `Verification`.
+    `attention` is the setting under which the model was loaded: `sdpa` keeps to dense masks. Falls back to
+    padded rows when no forest layout is exact; the reason is in the `Verification`.
     """
     causal = unwrap(model)
     was_training = causal.training
@@ -221,7 +215,6 @@ def verify_layout(model: nn.Module, attention: str = "auto") -> tuple[Layout, Ve
 
 def _verify(causal: Any, kernels: list[Kernel]) -> tuple[Layout, Verification]:
     kernel = kernels[-1]
-    set_kernel(causal, kernel)
     try:
         twin = make_twin(causal)
     except Exception as error:  # an unusual configuration class; the model itself still runs
@@ -231,8 +224,6 @@ def _verify(causal: Any, kernels: list[Kernel]) -> tuple[Layout, Verification]:
     reasons = []
     for layout in [layout for each in kernels for layout in list_candidates(causal.config, each)]:
         assert layout.plan is not None
-        set_kernel(twin, layout.plan.kernel)
-        set_kernel(causal, layout.plan.kernel)
         twin_difference, reason = _try_layout(twin, probe, _shrink_windows(layout))
         if twin_difference > TWIN_TOLERANCE:
             reasons.append(reason or f"log-probabilities differ by {twin_difference:.2g} on a float32 twin")
@@ -247,8 +238,6 @@ def _verify(causal: Any, kernels: list[Kernel]) -> tuple[Layout, Verification]:
             )
             return layout, found
         reasons.append(reason or f"log-probabilities differ by {difference:.2g}, batching alone by {noise:.2g}")
-    set_kernel(twin, kernel)
-    set_kernel(causal, kernel)
     layout, reason = _fall_back(twin, probe), reasons[-1] if reasons else "not tried"
     instead = "one sequence at a time" if layout.alone else "padded batches"
     log.warning("Prefixes are not shared for this model (%s): running %s instead.", reason, instead)

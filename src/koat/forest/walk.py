@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as ListLike
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -132,21 +133,22 @@ def attend_walk(
     """Attention in the form that transformers calls.
 
     Without a `walk`, or with dropout on attention, it is transformers' own SDPA. Raises NotImplementedError
-    for what neither computes: caps, sinks, biases.
+    for what walking does not compute: caps, sinks, biases.
     """
-    unknown = [name for name in UNKNOWN if kwargs.get(name) is not None]
-    if unknown:
-        raise NotImplementedError(f"walked attention knows no {', '.join(unknown)}")
     if walk is None or dropout:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         mask = attention_mask if walk is None else make_visible(walk.position, walk.subtree_end, sliding_window)
         return sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, **kwargs)
+    unknown = [name for name in UNKNOWN if kwargs.get(name) is not None]
+    if unknown:
+        raise NotImplementedError(f"walked attention knows no {', '.join(unknown)}")
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     output: Tensor = WalkAttention.apply(query, key, value, walk.list_pieces(sliding_window), scale)  # type: ignore[no-untyped-call]
     return output, None
 
 
+@cache
 def register_walk() -> None:
     """Make this attention known to transformers; masks that a model makes itself are SDPA's."""
     from transformers import AttentionInterface
