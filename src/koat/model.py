@@ -13,6 +13,8 @@ import torch
 
 from koat.core.errors import ModelError, suggest
 from koat.core.settings import ModelSettings, TrainingSettings
+from koat.quantise.load import make_loading_options, quieten, settle_kernels
+from koat.quantise.weights import count_entries
 
 NANO = "nano"
 """The name of the small base model that ships with koat."""
@@ -52,10 +54,13 @@ def pick_device(device: str) -> torch.device:
     return picked
 
 
-def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """Return the type of the frozen weights: `auto` takes bfloat16 on CUDA, float32 elsewhere."""
+def pick_dtype(dtype: str, device: torch.device, quantisation: str = "none") -> torch.dtype:
+    """Return the type of the frozen weights: `auto` takes bfloat16 on CUDA and if quantised, float32 elsewhere.
+
+    Quantised layers compute in it; embeddings, norms and head are stored in it.
+    """
     if dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
+        return torch.bfloat16 if device.type == "cuda" or quantisation != "none" else torch.float32
     found: torch.dtype = getattr(torch, dtype)
     return found
 
@@ -104,24 +109,29 @@ def load_tokenizer(settings: ModelSettings) -> Any:
 def load_model(settings: ModelSettings) -> Any:
     """Load a causal model: safetensors only, frozen, in evaluation mode, on its device.
 
-    Raises ModelError when the weights are absent, pickled, broken or not all there.
+    With `quantisation` its linear layers but the head are quantised while they are read. Raises ModelError when
+    the weights are absent, pickled, broken or not all there, or bitsandbytes is missing.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     where, device = locate_base(settings.base), pick_device(settings.device)
+    quieten()
     config = load_config(settings)
     attention = pick_attention(settings.attention, config, device)
+    dtype = pick_dtype(settings.dtype, device, settings.quantisation)
+    quantised = make_loading_options(settings.quantisation, dtype, device, lambda: build_empty(config))
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             where,
             revision=settings.revision,
             config=config,
-            dtype=pick_dtype(settings.dtype, device),
+            dtype=dtype,
             attn_implementation=attention,
             use_safetensors=True,
             trust_remote_code=settings.trust_remote_code,
             output_loading_info=True,
+            **quantised,
         )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelError(_explain(settings, "weights", error)) from error
@@ -134,7 +144,8 @@ def load_model(settings: ModelSettings) -> Any:
         )
     model.requires_grad_(False)
     model.eval()
-    return model.to(device)
+    settle_kernels(model)
+    return model if quantised else model.to(device)
 
 
 def pick_attention(attention: str, config: Any, device: torch.device) -> str | None:
@@ -153,8 +164,8 @@ def build_empty(config: Any) -> Any:
 
 
 def count_parameters(model: torch.nn.Module) -> int:
-    """Return the number of a model's parameters, shared ones once."""
-    return sum(parameter.numel() for parameter in model.parameters())
+    """Return the number of a model's parameters, shared ones once, quantised ones as what they stand for."""
+    return sum(count_entries(parameter) for parameter in model.parameters())
 
 
 def find_context_length(config: Any) -> int | None:

@@ -448,3 +448,14 @@ def test_core_imports_no_torch() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONPATH": path}, check=True
     )
     assert done.stdout.strip() == "False"
+
+
+def test_none_is_a_word_where_it_is_a_choice() -> None:
+    """On the command line and in files `none` is nothing; a choice of that name is meant all the same."""
+
+    class Choice(Section):
+        kind: Literal["none", "some"] = "some"
+        perhaps: Literal["none", "some"] | None = "some"
+
+    found = resolve(Choice, [Layer("flag", {"kind": None, "perhaps": None})]).settings
+    assert (found.kind, found.perhaps) == ("none", None)

@@ -8,7 +8,7 @@ from koat.core import errors
 
 
 @pytest.mark.parametrize(
-    "name", ["ConfigError", "DataError", "ModelError", "AdapterError", "RunFolderError", "TrainingError"]
+    "name", ["ConfigError", "DataError", "ModelError", "AdapterError", "RunFolderError", "TrainingError", "HubError"]
 )
 def test_every_user_error_is_a_koat_error_but_no_other_builtin(name: str) -> None:
     kind = getattr(errors, name)

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from koat.core.config_files import with_text_keys
 from koat.core.errors import ConfigError
 from koat.core.explain import Diagnosis
-from koat.core.schema import choose_branch, find_sections, find_tag, split_union
+from koat.core.schema import choose_branch, find_choices, find_sections, find_tag, split_union
 
 
 class Section(BaseModel):
@@ -29,15 +29,21 @@ class Section(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _prepare(cls, values: Any) -> Any:
-        """Let one text stand for a list of one; make truth values fail where they would pass for 0 and 1."""
+        """Let one text stand for a list of one and nothing for the choice `none`, which YAML here reads as nothing.
+
+        Truth values are made to fail where they would pass for 0 and 1.
+        """
         if not isinstance(values, Mapping):
             return values
         prepared = dict(values)
         for name in cls.model_fields.keys() & prepared.keys():
             value = prepared[name]
-            kinds = [kind for kind in split_union(cls.model_fields[name].annotation) if kind is not NoneType]
+            annotation = cls.model_fields[name].annotation
+            kinds = [kind for kind in split_union(annotation) if kind is not NoneType]
             if isinstance(value, bool) and bool not in kinds and (int in kinds or float in kinds):
                 prepared[name] = str(value).lower()
+            elif value is None and NoneType not in split_union(annotation) and "none" in find_choices(annotation):
+                prepared[name] = "none"
             elif isinstance(value, str) and kinds and all(get_origin(kind) is list for kind in kinds):
                 prepared[name] = [value]
         return prepared

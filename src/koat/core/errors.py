@@ -6,7 +6,8 @@ KoatError
  |- ModelError       a base model or tokenizer cannot be used
  |- AdapterError     a method, target or adapter file cannot be used
  |- RunFolderError   a run folder is missing, incomplete or cannot be written
- `- TrainingError    training cannot go on
+ |- TrainingError    training cannot go on
+ `- HubError         the Hugging Face Hub cannot be reached, or refuses
 
 The command line prints the message alone and exits with status 2. Anything else is a bug and keeps its traceback.
 """
@@ -43,6 +44,10 @@ class RunFolderError(KoatError):
 
 class TrainingError(KoatError):
     """Training cannot go on."""
+
+
+class HubError(KoatError):
+    """The Hugging Face Hub cannot be reached, or refuses."""
 
 
 def suggest(word: str, known: Iterable[str]) -> str:

@@ -6,7 +6,6 @@ import json
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftModel
@@ -17,6 +16,7 @@ from torch import Tensor
 from koat.adapters.attach import read_adapter_state, write_adapter_state
 from koat.core.atomic import atomic_folder
 from koat.core.errors import RunFolderError
+from koat.training.optimizer import flatten_optimizer, restore_optimizer
 
 
 @dataclass
@@ -64,25 +64,6 @@ def load_checkpoint(path: Path, model: PeftModel, optimizer: torch.optim.Optimiz
         raise RunFolderError(
             f"The checkpoint {path} cannot be read ({error}). Remove it to use the one before."
         ) from error
-
-
-def flatten_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return an optimizer's tensors under `<parameter number>.<name>`."""
-    state = optimizer.state_dict()["state"]
-    return {
-        f"{number}.{name}": value.detach().cpu().contiguous()
-        for number, entries in state.items()
-        for name, value in entries.items()
-    }
-
-
-def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Put tensors from `flatten_optimizer` back."""
-    state: dict[int, dict[str, Any]] = {}
-    for key, value in tensors.items():
-        number, _, name = key.partition(".")
-        state.setdefault(int(number), {})[name] = value
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 
 def read_random_state() -> dict[str, Tensor]:

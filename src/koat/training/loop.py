@@ -21,6 +21,7 @@ from koat.forest.score import Layout, cut_sequences, token_logprobs
 from koat.training.checkpoint import TrainingState, load_checkpoint, save_checkpoint
 from koat.training.guard import LossGuard
 from koat.training.noise import add_noise
+from koat.training.optimizer import build_optimizer
 from koat.training.sampler import StepPlan, plan_steps
 
 
@@ -137,9 +138,7 @@ def train(
         sequences, settings.sampler, settings.batch_size, settings.epochs, settings.max_steps, settings.seed
     )
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        parameters, lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay
-    )
+    optimizer = build_optimizer(parameters, settings)
     torch.manual_seed(settings.seed)
     state = load_checkpoint(resume_from, model, optimizer) if resume_from else TrainingState()
     guard, fence, steps = LossGuard(), Fence(plan, settings, checkpoints, validate, accelerator), list[list[int]]()
