@@ -87,16 +87,17 @@ def test_feedforward_goes_with_named_targets_only(make_model, targets) -> None:
 
 @pytest.mark.parametrize("settings", [Ia3Settings(), LoraSettings(), Ia3Settings(targets="attention")])
 def test_a_family_that_is_not_in_the_table(make_model, settings) -> None:
-    message = refuse(make_model, settings, "gptj")
-    assert "'gptj'" in message
+    message = refuse(make_model, settings, "mamba")
+    assert "'mamba'" in message
     assert "gpt_neox" in message
     assert "adapter.targets=" in message
+    assert "backbone.layers.*.mixer.in_proj, backbone.layers.*.mixer.x_proj" in message
 
 
 def test_a_family_that_is_not_in_the_table_takes_names(make_model) -> None:
-    model = attach_adapter(make_model("gptj"), Ia3Settings(targets=["k_proj", "fc_out"], feedforward=["fc_out"]))
+    model = attach_adapter(make_model("mamba"), Ia3Settings(targets=["in_proj", "x_proj"], feedforward=["x_proj"]))
     vectors = [weight for name, weight in model.named_parameters() if "ia3_l" in name]
-    assert sorted(tuple(vector.shape) for vector in vectors) == [(1, 256)] * 3 + [(64, 1)] * 3
+    assert sorted(tuple(vector.shape) for vector in vectors) == [(1, 128)] * 3 + [(256, 1)] * 3
 
 
 def test_a_family_without_a_default_in_peft(make_config) -> None:

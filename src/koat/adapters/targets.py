@@ -6,11 +6,13 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from koat.adapters.architectures import find_architecture
 from koat.core.errors import AdapterError, suggest
 
-LINEARS = frozenset({"Linear", "Conv1D", "Linear4bit", "Linear8bitLt"})
+LINEARS = (nn.Linear, Conv1D)
+"""What PEFT's linear layers go around; families and bitsandbytes derive classes of their own from it."""
 
 
 def list_linears(model: nn.Module) -> list[str]:
@@ -18,7 +20,7 @@ def list_linears(model: nn.Module) -> list[str]:
     head: Any = getattr(model, "get_output_embeddings", lambda: None)()
     names = []
     for name, module in model.named_modules():
-        if module is not head and type(module).__name__ in LINEARS:
+        if module is not head and isinstance(module, LINEARS):
             names.append(".".join("*" if part.isdigit() else part for part in name.split(".")))
     return list(dict.fromkeys(names))
 
@@ -28,8 +30,7 @@ def check_targets(model: nn.Module, names: Iterable[str]) -> None:
 
     A name matches a linear layer or an embedding that is called so, or whose name ends in it after a dot.
     """
-    kinds = LINEARS | {"Embedding"}
-    layers = [name for name, module in model.named_modules() if type(module).__name__ in kinds]
+    layers = [name for name, module in model.named_modules() if isinstance(module, (*LINEARS, nn.Embedding))]
     linears = list_linears(model)
     endings = {".".join(name.split(".")[-count:]) for name in linears for count in (1, 2, 3)}
     for name in names:
