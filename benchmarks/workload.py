@@ -58,8 +58,10 @@ class Options:
         return least if self.quick else max(least, round(number * self.minutes / 25))
 
 
-def build_base(family: str, options: Options, precision: str = "float32") -> Any:
+def build_base(family: str, options: Options, precision: str = "float32", **shape: Any) -> Any:
     """Build a frozen causal model with random weights, the same ones for the same family and seed.
+
+    `shape` overrides what the size says, by the names of the model's configuration.
 
     Weights are drawn with a deviation of 0.045, about one over the root of the width, so that losses depend on
     context: with the usual 0.02 they would not tell a wrong mask from a right one.
@@ -68,20 +70,20 @@ def build_base(family: str, options: Options, precision: str = "float32") -> Any
 
     width, layers, heads = SIZES[options.size]
     inner = 4 * width if family == "gpt_neox" else 1376 * width // 512
-    config = AutoConfig.for_model(
-        family,
-        vocab_size=VOCABULARY,
-        hidden_size=width,
-        intermediate_size=inner,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        max_position_embeddings=4096,
-        initializer_range=0.045,
-        tie_word_embeddings=False,
-        pad_token_id=None,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
+    usual = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": width,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "max_position_embeddings": 4096,
+        "initializer_range": 0.045,
+        "tie_word_embeddings": False,
+        "pad_token_id": None,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    config = AutoConfig.for_model(family, **{**usual, **shape})
     attention = pick_attention("auto", config, options.device)
     torch.manual_seed(options.seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)

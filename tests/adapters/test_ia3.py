@@ -12,7 +12,7 @@ from peft.tuners.ia3.layer import IA3Layer
 from transformers import AttentionInterface
 
 from koat.adapters.attach import attach_adapter, count_trainable, restore_adapter, save_adapter
-from koat.adapters.ia3 import Rescale
+from koat.adapters.lean import Rescale
 from koat.adapters.methods import Ia3Settings
 
 FAMILIES = ["gpt_neox", "llama", "mistral", "qwen2", "qwen3", "gpt2"]

@@ -2,20 +2,22 @@
 
 Liu et al. 2022, "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning",
 equations 1-3. The file format, the merging and the saving are PEFT's; the forward pass is koat's: it
-multiplies in the activation's own type instead of casting every activation to float32, and on a fused
-projection it can hold the queries' entries at one.
+multiplies in the activation's own type, keeping next to nothing for the backward pass (lean.py, feed_forward.py),
+and on a fused projection it can hold the queries' entries at one.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners.ia3 import IA3Config
-from peft.tuners.ia3.layer import Linear as PeftLinear
+from peft.tuners.ia3.layer import IA3Layer
 from torch import Tensor, nn
 
-from koat.adapters.architectures import find_architecture, mark_queries
+from koat.adapters.architectures import find_architecture, is_transposed, mark_queries
+from koat.adapters.lean import rescale, rescale_output
 from koat.adapters.targets import read_peft_default, resolve_roles
 from koat.core.errors import AdapterError, suggest
 
@@ -23,63 +25,38 @@ if TYPE_CHECKING:
     from koat.adapters.settings import Ia3Settings
 
 
-def multiply(activation: Tensor, vector: Tensor) -> Tensor:
-    """Multiply by a float32 vector and round once, into the activation's type.
-
-    Rounding the vector first would move it: near one, bfloat16 knows steps of 1/128 only.
-    """
-    return torch.mul(activation, vector, out=torch.empty_like(activation))
+REFINED = frozenset({"Linear", "Linear4bit", "Linear8bitLt"})
+"""PEFT's IA3 layers that get koat's forward pass; the quantised ones exist only beside bitsandbytes."""
 
 
-class Rescale(torch.autograd.Function):
-    """`activation * vector`, in the activation's type; the vector and its gradient stay float32."""
-
-    @staticmethod
-    def forward(ctx: Any, activation: Tensor, vector: Tensor) -> Tensor:
-        """`activation` is `[..., d]`, `vector` `[d]`."""
-        ctx.save_for_backward(activation if vector.requires_grad else None, vector)
-        return multiply(activation, vector)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Return the gradients of the activation and, summed in float32, of the vector."""
-        (gradient,) = gradients
-        activation, vector = ctx.saved_tensors
-        for_activation = multiply(gradient, vector) if ctx.needs_input_grad[0] else None
-        for_vector = None
-        if ctx.needs_input_grad[1]:
-            products = (gradient * activation).flatten(0, -2)
-            for_vector = products.sum(0, dtype=torch.float32).to(vector.dtype)
-        return for_activation, for_vector
-
-
-def rescale(activation: Tensor, vector: Tensor) -> Tensor:
-    """Return `activation [..., d] * vector [d]` in the activation's type."""
-    scaled: Tensor = Rescale.apply(activation, vector)  # type: ignore[no-untyped-call]
-    return scaled
-
-
-class Ia3Linear(PeftLinear):
-    """PEFT's IA3 layer with koat's forward pass. `held` marks entries that stay one, or is None."""
+class Ia3Linear(nn.Module, IA3Layer):
+    """Mixed into PEFT's IA3 layers: koat's forward pass. `held` marks entries that stay one, or is None."""
 
     held: Tensor | None
     num_held: int
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Apply the layer to `x` `[..., in]` and rescale its input or its output."""
-        if self.disable_adapters or self.merged:
-            return super().forward(x, *args, **kwargs)
-        names = [name for name in self.active_adapters if name in self.ia3_l]
-        for name in names if self.is_feedforward else ():
-            x = rescale(x, self.ia3_l[name].flatten())
+        vector = self.combine_vectors()
+        if vector is None:
+            plain: Tensor = super().forward(x, *args, **kwargs)
+            return plain
+        if self.is_feedforward:
+            x = rescale(x, vector)
         result: Tensor = self.base_layer(x, *args, **kwargs)
-        for name in names if not self.is_feedforward else ():
-            result = rescale(result, self._take_vector(name))
-        return result
+        return result if self.is_feedforward else rescale_output(result, vector)
 
-    def _take_vector(self, name: str) -> Tensor:
-        """Return a vector `[d]`; its held entries are one and get no gradient."""
-        vector: Tensor = self.ia3_l[name].flatten()
+    def combine_vectors(self) -> Tensor | None:
+        """Return the product `[d]` of the active adapters' vectors; None where there is nothing to multiply by.
+
+        Held entries are one and get no gradient.
+        """
+        if self.disable_adapters or self.merged:
+            return None
+        vectors = [self.ia3_l[name].flatten() for name in self.active_adapters if name in self.ia3_l]
+        if not vectors:
+            return None
+        vector: Tensor = functools.reduce(torch.mul, vectors)
         return vector if self.held is None else vector.masked_fill(self.held, 1.0)
 
     @torch.no_grad()
@@ -98,12 +75,11 @@ class Ia3Linear(PeftLinear):
 def make_ia3_config(settings: Ia3Settings, config: Any) -> IA3Config:
     """Return PEFT's configuration for these settings on this model."""
     targets, feedforward = resolve_ia3_targets(settings, config)
-    # Conv1D (GPT-2) keeps its weight transposed; PEFT needs to be told.
     return IA3Config(
         task_type="CAUSAL_LM",
         target_modules=targets,
         feedforward_modules=feedforward,
-        fan_in_fan_out=config.model_type == "gpt2",
+        fan_in_fan_out=is_transposed(config),
     )
 
 
@@ -131,11 +107,10 @@ def resolve_ia3_targets(settings: Ia3Settings, config: Any) -> tuple[list[str], 
             read_peft_default("TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING", config),
         )
     architecture = find_architecture(config)
-    inner = architecture.inner
-    if settings.targets == "paper":
-        return list(dict.fromkeys((architecture.key, architecture.value, inner))), [inner]
-    names = resolve_roles(settings.targets, config)
-    return list(dict.fromkeys((*names, inner))), [inner]
+    inner = [] if architecture.inner is None else [architecture.inner]
+    paper = settings.targets == "paper"
+    names = [architecture.key, architecture.value] if paper else resolve_roles(settings.targets, config)
+    return list(dict.fromkeys((*names, *inner))), inner
 
 
 def refine_ia3_layers(model: nn.Module, holds: bool) -> None:
@@ -145,16 +120,22 @@ def refine_ia3_layers(model: nn.Module, holds: bool) -> None:
     """
     config: Any = model.config
     for name, module in model.named_modules():
-        if type(module) is not PeftLinear:
+        plain: Any = type(module)
+        if not plain.__module__.startswith("peft.tuners.ia3.") or plain.__name__ not in REFINED:
             continue
         layer: Any = module
-        layer.__class__ = Ia3Linear
+        layer.__class__ = _derive_class(plain)
         held, layer.num_held = None, 0
         if holds and not layer.is_feedforward and _is_fused(name, config):
             held = mark_queries(find_architecture(config), config)
             layer.num_held = int(held.sum())
             held = held.to(next(iter(layer.ia3_l.values())).device)
         layer.register_buffer("held", held, persistent=False)
+
+
+@functools.cache
+def _derive_class(plain: type[nn.Module]) -> type[nn.Module]:
+    return type(f"Ia3{plain.__name__}", (Ia3Linear, plain), {})
 
 
 def _is_fused(name: str, config: Any) -> bool:
