@@ -16,6 +16,7 @@ from koat.core.errors import (
     AdapterError,
     ConfigError,
     DataError,
+    HubError,
     KoatError,
     ModelError,
     RunFolderError,
@@ -23,12 +24,13 @@ from koat.core.errors import (
 )
 
 if TYPE_CHECKING:
-    from koat.workflows.api import evaluate, finetune, load, plan
+    from koat.workflows.api import evaluate, finetune, load, merge, plan
 
 __all__ = [
     "AdapterError",
     "ConfigError",
     "DataError",
+    "HubError",
     "KoatError",
     "ModelError",
     "RunFolderError",
@@ -36,12 +38,13 @@ __all__ = [
     "evaluate",
     "finetune",
     "load",
+    "merge",
     "plan",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name in {"evaluate", "finetune", "load", "plan"}:
+    if name in {"evaluate", "finetune", "load", "merge", "plan"}:
         from koat.workflows import api
 
         return getattr(api, name)

@@ -16,7 +16,7 @@ from koat.cli.front import koat, read_flags
 @click.option("--recipe", help="A recipe that ships; see `koat list`.")
 @click.option("--base", help="Folder or Hub id of the base model; `nano` ships with koat.")
 @click.option("--data", multiple=True, help="File, folder or Hub id to train on; may be repeated.")
-@click.option("--method", help="ia3 or lora.")
+@click.option("--method", help="ia3, lora or qlora; see `koat list`.")
 @click.option("--out", type=click.Path(path_type=Path), help="Run folder to make.")
 @click.option("--resume", type=click.Path(path_type=Path), help="Go on with the interrupted run in this folder.")
 @click.option("--overwrite", is_flag=True, help="Replace the run that is in --out.")
@@ -65,7 +65,7 @@ def finetune(
 @koat.command()
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--base", help="Folder or Hub id of the base model.")
-@click.option("--method", help="ia3 or lora.")
+@click.option("--method", help="ia3, lora or qlora; see `koat list`.")
 @click.option("--config", type=click.Path(path_type=Path), help="YAML file with settings.")
 @click.option("--recipe", help="A recipe that ships; see `koat list`.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -87,12 +87,13 @@ def plan(
 
     flags = read_flags(overrides, {"model.base": base, "adapter.method": method})
     resolved = resolve_run(PlanConfig, recipe=recipe, file=config, flags=flags)
-    from koat.report.plan import print_plan
-    from koat.report.settings import print_settings
-    from koat.workflows.plan import plan_run
     from koat.workflows.shell import quiet_libraries
 
     quiet_libraries()
+    from koat.report.plan import print_plan
+    from koat.report.settings import print_settings
+    from koat.workflows.plan import plan_run
+
     found = plan_run(resolved.settings).to_mapping()
     if as_json:
         from koat.core.config import describe

@@ -21,6 +21,8 @@ def print_plan(plan: dict[str, Any], tokens: int) -> None:
         ("memory while training, about", format_bytes(plan["peak_bytes"])),
     ]
     print_table(make_table(f"Plan: {plan['method']}", ("", ""), rows))
+    for remark in plan["remarks"]:
+        print(f"! {remark}")
 
 
 def sum_training(plan: dict[str, Any]) -> int:

@@ -14,6 +14,7 @@ from koat.training.loop import StepRecord
 from koat.workflows.config import PlanConfig, RunConfig, resolve_run
 from koat.workflows.evaluate import Subject, evaluate_subject, open_subject
 from koat.workflows.finetune import finetune_run
+from koat.workflows.merge import Merge, merge_run
 from koat.workflows.plan import Plan, plan_run
 
 
@@ -63,6 +64,23 @@ def evaluate(
     subject = target if isinstance(target, Subject) else load(target, model)
     shots = str(shots) if shots is not None else None
     return evaluate_subject(subject, tasks, str(data), shots, num_shots=num_shots, limit=limit, seed=seed)
+
+
+def merge(
+    target: str | Path,
+    *,
+    out: str | Path,
+    dtype: str = "auto",
+    base: str | None = None,
+    device: str = "cpu",
+    overwrite: bool = False,
+) -> Merge:
+    """Merge a run's or PEFT's adapter into its base model and return the folder with the record of its check.
+
+    Raises KoatError, and leaves nothing, when logits differ by more than rounding explains.
+    """
+    settings = ModelSettings(base=base) if base else None
+    return merge_run(target, Path(out), dtype=dtype, settings=settings, device=device, overwrite=overwrite)
 
 
 def plan(settings: Mapping[str, Any], *, recipe: str | None = None) -> Plan:

@@ -14,17 +14,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from koat.adapters.attach import CONFIG, read_adapter_config, restore_adapter
+from koat.adapters.attach import restore_adapter
 from koat.core.atomic import write_json, write_text
-from koat.core.errors import AdapterError, RunFolderError
-from koat.core.run_folder import RunFolder
 from koat.core.settings import ModelSettings
 from koat.evaluation.evaluate import TaskResult, evaluate_task
 from koat.evaluation.task import Task, adjust_task, load_task
 from koat.forest.score import Layout
 from koat.forest.verify import Verification, verify_layout
-from koat.model import fingerprint_base, load_config, load_model, load_tokenizer
+from koat.model import load_model, load_tokenizer
+from koat.quantise.check import QuantisedCheck, check_quantised_layers
 from koat.workflows.measure import Cost
+from koat.workflows.trained import find_trained, is_trained
 
 OnProgress = Callable[[str, int, int], None]
 
@@ -39,6 +39,7 @@ class Subject:
     layout: Layout
     verification: Verification
     predictions: Path
+    quantised: QuantisedCheck | None = None
 
 
 def open_subject(target: str, settings: ModelSettings | None = None, out: Path | None = None) -> Subject:
@@ -47,15 +48,9 @@ def open_subject(target: str, settings: ModelSettings | None = None, out: Path |
     `settings` says how the base is loaded; for an adapter its `base` overrides the one on record. Raises
     KoatError when something is missing or does not fit.
     """
-    path = Path(target)
-    if path.is_dir() and (path / "config.yaml").is_file():
-        return open_run_subject(path, settings, out)
-    if path.is_dir() and (path / CONFIG).is_file():
-        stored = read_adapter_config(path)
-        base = settings.base if settings and settings.base else str(stored.get("base_model_name_or_path") or "")
-        if not base:
-            raise AdapterError(f"{path} does not say which base model it was trained on. Give `--base`.")
-        return load_subject(path.name, with_base(settings, base), path, out or path / "predictions")
+    if is_trained(Path(target)):
+        trained = find_trained(target, settings)
+        return load_subject(trained.name, trained.model, trained.folder, out or trained.predictions)
     settings = with_base(settings, target)
     name = re.sub(r"[^\w.-]+", "-", target).strip("-.") or "base"
     return load_subject(name, settings, None, out or Path("evaluations") / name)
@@ -68,34 +63,15 @@ def with_base(settings: ModelSettings | None, base: str) -> ModelSettings:
     return settings.model_copy(update={"base": base})
 
 
-def open_run_subject(path: Path, settings: ModelSettings | None, out: Path | None) -> Subject:
-    """Load a run of koat's, checking that its base is the one it was trained on."""
-    run = RunFolder.open(path)
-    stored = ModelSettings(**run.read_config()["model"])
-    if settings is not None:
-        given = settings.model_dump(exclude_unset=True)
-        stored = stored.model_copy(update={key: value for key, value in given.items() if value != ""})
-    if not run.adapter.is_dir():
-        state = "did not finish" if not run.is_complete() else "has lost it"
-        raise RunFolderError(f"{path} holds no adapter: the run {state}. Go on with `koat finetune --resume {path}`.")
-    expected = run.read_manifest()["base"]["fingerprint"]
-    found = fingerprint_base(stored, load_config(stored))
-    if found != expected:
-        raise AdapterError(
-            f"The run in {path} was trained on another base model: fingerprint {expected}, but {stored.base!r} "
-            f"has {found}. Give the right one with `--base`."
-        )
-    return load_subject(path.name, stored, run.adapter, out or run.predictions)
-
-
 def load_subject(name: str, settings: ModelSettings, adapter: Path | None, predictions: Path) -> Subject:
     """Load a base model with or without an adapter and verify how sequences go through it."""
     tokenizer = load_tokenizer(settings)
     model: nn.Module = load_model(settings)
+    quantised = check_quantised_layers(model)
     if adapter is not None:
         model = restore_adapter(model, adapter).eval()
     layout, verification = verify_layout(model, settings.attention)
-    return Subject(name, model, tokenizer, layout, verification, predictions)
+    return Subject(name, model, tokenizer, layout, verification, predictions, quantised)
 
 
 def evaluate_subject(
@@ -130,7 +106,8 @@ def evaluate_subject(
         summary |= {"task": task.name, "num_shots": task.num_shots, "shot_seed": task.shot_seed}
         results.append({**summary, "peak_bytes": cost.peak_bytes})
         keep_predictions(subject, task, found)
-    report = {"subject": subject.name, "forest": subject.verification.to_mapping(), "results": results}
+    report: dict[str, Any] = {"subject": subject.name, "forest": subject.verification.to_mapping(), "results": results}
+    report["quantisation"] = subject.quantised.to_mapping() if subject.quantised else None
     stem = "-".join(dict.fromkeys(task_stem(task) for task in adjusted))
     write_json(subject.predictions / f"{stem[:100]}.scores.json", report)
     return report

@@ -16,6 +16,8 @@ from torch import nn
 
 from koat.adapters.attach import attach_adapter, count_trainable, save_adapter
 from koat.adapters.methods import check_combination
+from koat.adapters.remarks import describe_remarks
+from koat.adapters.start import start_from
 from koat.core.atomic import atomic_folder, write_json
 from koat.core.config import Resolved, to_mapping
 from koat.core.errors import ConfigError, RunFolderError
@@ -35,7 +37,9 @@ from koat.model import (
     pick_device,
     settle_dtype,
 )
+from koat.quantise.check import check_quantised_layers
 from koat.training.loop import StepRecord, TrainingResult, measure_loss, train
+from koat.training.optimizer import check_optimizer
 from koat.workflows.config import RunConfig
 from koat.workflows.examples import Examples, load_examples
 from koat.workflows.manifest import describe_hardware, describe_versions, fingerprint_data
@@ -59,23 +63,24 @@ def finetune_run(
     latest checkpoint, bit for bit as if it had not stopped. Raises KoatError for what a user can mend.
     """
     config: RunConfig = resolved.settings
-    check_combination(config.adapter.method, config.training.weight_decay, config.training.activation_checkpointing)
+    check_combination(config.adapter, config.model, config.training)
     model_settings = settle_dtype(config.model, config.training)
     accelerator = make_accelerator(model_settings, config.training)
+    check_optimizer(config.training, accelerator.device)
     main = accelerator.is_main_process
     say = say if main else lambda text: None
     run = claim_run(config, out, resume, overwrite) if main else RunFolder(out)
     tokenizer, base_config = load_tokenizer(config.model), load_config(config.model)
     examples = load_examples(config.data, tokenizer, find_context_length(base_config), config.training.seed)
-    for remark in examples.remarks:
+    for remark in [*describe_remarks(config.adapter, base_config), *examples.remarks]:
         say(f"! {remark}")
     for part, report in examples.reports.items():
         for line in report.lines():
             say(f"{part}: {line}")
 
     base = load_model(model_settings)
-    num_base = count_parameters(base)
-    model = attach_adapter(base, config.adapter, config.training.seed)
+    num_base, quantised = count_parameters(base), check_quantised_layers(base)
+    model = attach_method(base, config)
     layout, verification = choose_layout(model, config.model)
     say(describe_layout(verification))
     say(
@@ -86,6 +91,7 @@ def finetune_run(
         enable_checkpointing(model)
     began = time.time()
     manifest = describe_run(config, model, base_config, verification, examples)
+    manifest["quantisation"] = quantised.to_mapping() if quantised else None
     if main:
         begin_run(run, config, manifest, resume, overwrite)
     accelerator.wait_for_everyone()
@@ -157,6 +163,15 @@ def make_accelerator(model: ModelSettings, training: TrainingSettings) -> Accele
     return Accelerator(cpu=pick_device(model.device).type == "cpu", mixed_precision=mixed)
 
 
+def attach_method(base: nn.Module, config: RunConfig) -> PeftModel:
+    """Attach a fresh adapter, or the one that the run goes on from."""
+    model = attach_adapter(base, config.adapter, config.training.seed)
+    start: str | None = getattr(config.adapter, "start", None)
+    if start:
+        start_from(model, Path(start))
+    return model
+
+
 def choose_layout(model: nn.Module, settings: ModelSettings) -> tuple[Layout, Verification]:
     """Verify the model and return the layout to use; `padded` is taken at its word."""
     layout, verification = verify_layout(model, settings.attention)
@@ -197,7 +212,7 @@ def describe_run(
         "method": config.adapter.method,
         "trainable_parameters": count_trainable(model),
         "total_parameters": count_parameters(model.get_base_model()) - sum(
-            p.numel() for p in model.parameters() if p.requires_grad
+            p.numel() for p in model.get_base_model().parameters() if p.requires_grad
         ),
         "base": {
             "name": settle_paths(config)["model"]["base"],

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from koat.adapters.attach import attach_adapter, count_trainable
 from koat.adapters.methods import check_combination
+from koat.adapters.remarks import describe_remarks
 from koat.core.config import Section
 from koat.forest.score import unwrap
 from koat.model import build_empty, count_parameters, load_config, pick_device, pick_dtype, settle_dtype
+from koat.quantise.weights import count_model_bytes
 from koat.workflows.config import PlanConfig
 
 PROBE_LENGTHS = (128, 256)
@@ -37,6 +39,8 @@ class Plan:
     activation_bytes: int
     head_bytes: int
     peak_bytes: int
+    remarks: list[str]
+    """What the method's targets do not do on this model family."""
 
     def to_mapping(self) -> dict[str, Any]:
         """Return a JSON-safe mapping."""
@@ -45,12 +49,13 @@ class Plan:
 
 def plan_run(config: PlanConfig) -> Plan:
     """Plan a run: exact counts, and an estimate of its memory while training."""
-    check_combination(config.adapter.method, config.training.weight_decay, config.training.activation_checkpointing)
+    check_combination(config.adapter, config.model, config.training)
     model_settings = settle_dtype(config.model, config.training)
     base_config = load_config(config.model)
-    dtype = pick_dtype(model_settings.dtype, pick_device(model_settings.device))
+    dtype = pick_dtype(model_settings.dtype, pick_device(model_settings.device), model_settings.quantisation)
     empty = build_empty(base_config)
     total = count_parameters(empty)
+    weight_bytes = count_model_bytes(empty, model_settings.quantisation, dtype)
     trainable = count_trainable(attach_adapter(empty.requires_grad_(False), config.adapter))
     tokens = config.training.tokens_per_microbatch
     per_token = measure_activations(base_config, config.adapter, dtype, config.training.activation_checkpointing)
@@ -58,7 +63,7 @@ def plan_run(config: PlanConfig) -> Plan:
     # Logits of a chunk in the weights' type and in float32, their exponentials, and the gradient.
     head = min(tokens, (128 << 20) // (4 * vocabulary)) * vocabulary * (8 + dtype.itemsize)
     parts = {
-        "weight_bytes": total * dtype.itemsize,
+        "weight_bytes": weight_bytes,
         "adapter_bytes": trainable * 4,
         "gradient_bytes": trainable * 4,
         "optimizer_bytes": trainable * 8,
@@ -74,6 +79,7 @@ def plan_run(config: PlanConfig) -> Plan:
         trainable_share=trainable / total,
         activation_bytes_per_token=int(per_token),
         peak_bytes=sum(parts.values()),
+        remarks=describe_remarks(config.adapter, base_config),
         **parts,
     )
 

@@ -1,0 +1,63 @@
+"""Begin training from an adapter that is there already, koat's or PEFT's, instead of from a fresh one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+
+from koat.adapters.attach import (
+    CONFIG,
+    WEIGHTS,
+    compare_states,
+    read_adapter_config,
+    read_adapter_file,
+    read_adapter_state,
+    read_extra,
+    write_adapter_state,
+)
+from koat.adapters.ia3 import holds_queries
+from koat.core.errors import AdapterError
+
+SETTINGS = {
+    "peft_type": "method",
+    "target_modules": "targets",
+    "feedforward_modules": "feedforward",
+    "r": "r",
+    "lora_alpha": "alpha",
+    "use_rslora": "rslora",
+    "use_dora": "dora",
+}
+"""What decides how an adapter acts, by its name in PEFT's file: the setting that must agree with it."""
+
+
+def start_from(model: PeftModel, folder: Path) -> None:
+    """Give a freshly attached adapter the tensors of a saved one, from its folder or its run's.
+
+    Raises AdapterError when the saved one acts otherwise than the settings say, or does not fit: training would
+    go on with another adapter than either names.
+    """
+    folder = folder / "adapter" if (folder / "adapter" / CONFIG).is_file() else folder
+    stored, extra = read_adapter_config(folder), read_extra(folder)
+    for key, setting in SETTINGS.items():
+        wanted, found = _plain(getattr(model.peft_config["default"], key, None)), _plain(stored.get(key))
+        if wanted != found:
+            raise AdapterError(
+                f"adapter.start={folder} has {key}={found}, and the settings make it {wanted}. Set adapter.{setting} "
+                "so that both agree (layers can be named: adapter.targets=[...] adapter.feedforward=[...])."
+            )
+    if holds_queries(model) and not extra.get("holds_queries"):
+        raise AdapterError(
+            f"adapter.start={folder} also scales the queries of fused projections, and adapter.targets=paper holds "
+            "those at one. Use adapter.targets=peft, or name the layers."
+        )
+    state = read_adapter_file(folder / WEIGHTS)
+    compare_states(read_adapter_state(model), state, str(folder))
+    write_adapter_state(model, state)
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as it stands in a file, names in order."""
+    value = getattr(value, "value", value)
+    return sorted(value) if isinstance(value, (list, set, tuple)) else value or None

@@ -1,0 +1,119 @@
+"""What training left on disk, found by the name a user gives: a run folder, or an adapter that PEFT saved."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from koat.adapters.attach import CONFIG, read_adapter_config
+from koat.core.errors import AdapterError, ModelError, RunFolderError
+from koat.core.fingerprint import fingerprint_file
+from koat.core.run_folder import RunFolder
+from koat.core.settings import ModelSettings
+from koat.data.prompts import PromptTemplate, from_mapping
+from koat.model import fingerprint_base, load_config
+
+TEMPLATE = "prompt_template.json"
+TOKENIZER = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+"""Files that a tokenizer may consist of."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """An adapter on disk, how its base model is loaded, and the run it came from, if there is one."""
+
+    name: str
+    folder: Path
+    model: ModelSettings
+    run: RunFolder | None
+
+    @property
+    def predictions(self) -> Path:
+        """Where predictions and scores of this adapter belong."""
+        return self.run.predictions if self.run else self.folder / "predictions"
+
+    def read_config(self) -> dict[str, Any]:
+        """Return PEFT's configuration of the adapter."""
+        return read_adapter_config(self.folder)
+
+    def read_method(self) -> str:
+        """Return koat's name of the method, empty for an adapter that is no run's."""
+        return str(self.run.read_manifest().get("method", "")) if self.run else ""
+
+    def read_template(self) -> PromptTemplate | None:
+        """Return the prompt template that lies beside the adapter, None where there is none."""
+        path = self.folder / TEMPLATE
+        return from_mapping(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+
+
+def is_trained(path: Path) -> bool:
+    """Whether a folder is a run's or an adapter's."""
+    return path.is_dir() and ((path / "config.yaml").is_file() or (path / CONFIG).is_file())
+
+
+def find_trained(target: str | Path, settings: ModelSettings | None = None) -> Trained:
+    """Find a run folder or an adapter folder, without reading any weight.
+
+    `settings` says how the base is loaded; its `base` overrides the one on record. Raises KoatError when
+    something is missing, or when the base is not the one that a run was trained on.
+    """
+    path = Path(target)
+    if (path / "config.yaml").is_file():
+        return find_run(path, settings)
+    if not path.is_dir() or not (path / CONFIG).is_file():
+        RunFolder.open(path, require=("config.yaml",))  # says what is missing, with the nearest name
+    stored = read_adapter_config(path)
+    base = settings.base if settings and settings.base else str(stored.get("base_model_name_or_path") or "")
+    if not base:
+        raise AdapterError(f"{path} does not say which base model it was trained on. Give `--base`.")
+    model = settings.model_copy(update={"base": base}) if settings else ModelSettings(base=base)
+    return Trained(path.resolve().name, path, model, None)
+
+
+def find_run(path: Path, settings: ModelSettings | None = None) -> Trained:
+    """Find a run of koat's, checking that its base is the one it was trained on."""
+    run = RunFolder.open(path)
+    stored = ModelSettings(**run.read_config()["model"])
+    if settings is not None:
+        given = settings.model_dump(exclude_unset=True)
+        stored = stored.model_copy(update={key: value for key, value in given.items() if value != ""})
+    if not run.adapter.is_dir():
+        state = "did not finish" if not run.is_complete() else "has lost it"
+        raise RunFolderError(f"{path} holds no adapter: the run {state}. Go on with `koat finetune --resume {path}`.")
+    expected = run.read_manifest()["base"]["fingerprint"]
+    found = fingerprint_base(stored, load_config(stored))
+    if found != expected:
+        raise AdapterError(
+            f"The run in {path} was trained on another base model: fingerprint {expected}, but {stored.base!r} "
+            f"has {found}. Give the right one with `--base`."
+        )
+    return Trained(path.name, run.adapter, stored, run)
+
+
+def read_base_fingerprint(trained: Trained) -> str:
+    """Return what tells this adapter's base model apart; raises AdapterError when its base cannot be found."""
+    if trained.run is not None:
+        return str(trained.run.read_manifest()["base"]["fingerprint"])
+    try:
+        return fingerprint_base(trained.model, load_config(trained.model))
+    except ModelError as error:
+        raise AdapterError(
+            f"{trained.folder} names the base model {trained.model.base!r}, which is not at hand, so it cannot be "
+            f"told whether it fits: {error} Give it with `--base`."
+        ) from error
+
+
+def public_name(base: str) -> str:
+    """Return a base model's name without the folders that it lies in."""
+    path = Path(base).expanduser()
+    return path.resolve().name if path.is_dir() else base
+
+
+def fingerprint_adapter(folder: Path) -> str:
+    """Return the SHA-256 of an adapter's weights."""
+    return fingerprint_file(folder / "adapter_model.safetensors")["sha256"]

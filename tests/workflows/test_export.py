@@ -1,0 +1,73 @@
+"""`koat export`: a folder that holds all that another program needs, and an honest note."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+import koat
+from koat.workflows.export import export_model
+from koat.workflows.merge import merge_run
+from tests.tiny_base import call_koat
+
+
+@pytest.mark.parametrize(("program", "command"), [("vllm", "vllm serve ./served"), ("llama.cpp", "./served --outfile")])
+def test_a_run_is_merged_and_explained(program: str, command: str, finished: Path, tmp_path: Path) -> None:
+    status, out, error = call_koat("export", finished, "--for", program, "--out", tmp_path / "served")
+    assert status == 0, error
+    note = (tmp_path / "served" / "README.txt").read_text(encoding="utf-8")
+    assert command in note and note.rstrip() in out
+    assert "has not run" in note
+    merge_run(finished, tmp_path / "merged")
+    wanted, found = (load_file(tmp_path / name / "model.safetensors") for name in ("merged", "served"))
+    assert wanted.keys() == found.keys()
+    assert all(wanted[name].equal(found[name]) for name in wanted)
+
+
+def test_the_type_of_the_weights_is_named(finished: Path, tmp_path: Path) -> None:
+    merge_run(finished, tmp_path / "merged", dtype="bfloat16")
+    for program, word in (("vllm", "--dtype bfloat16"), ("llama.cpp", "--outtype bf16")):
+        folder = export_model(tmp_path / "merged", program, tmp_path / program)
+        assert word in (folder / "README.txt").read_text(encoding="utf-8")
+        names = {path.name for path in folder.iterdir()} - {"README.txt"}
+        assert names == {path.name for path in (tmp_path / "merged").iterdir()}
+
+
+def make_lora(place: Path, folder: Path) -> Path:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(place / "base")
+    get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])).save_pretrained(folder)
+    return folder
+
+
+def test_vllm_takes_lora_as_it_is_and_not_ia3(place: Path, finished: Path, tmp_path: Path) -> None:
+    lora = make_lora(place, tmp_path / "lora")
+    folder = export_model(lora, "vllm", tmp_path / "served", as_adapter=True)
+    assert (folder / "adapter_model.safetensors").read_bytes() == (lora / "adapter_model.safetensors").read_bytes()
+    assert "--enable-lora" in (folder / "README.txt").read_text(encoding="utf-8")
+    for source, program in ((finished, "vllm"), (lora, "llama.cpp")):
+        with pytest.raises(koat.AdapterError, match="Leave --adapter away"):
+            export_model(source, program, tmp_path / "other", as_adapter=True)
+    assert not (tmp_path / "other").exists()
+
+
+def test_what_cannot_be_exported(place: Path, finished: Path, tmp_path: Path) -> None:
+    refused: list[tuple[Any, str, str]] = [
+        (finished, "vlm", "did you mean 'vllm'"),
+        (place / "base", "vllm", "needs no export"),
+        (tmp_path / "nowhere", "vllm", "neither a run"),
+    ]
+    for source, program, said in refused:
+        with pytest.raises(koat.KoatError, match=said):
+            export_model(source, program, tmp_path / "out")
+    shutil.copytree(place / "base", tmp_path / "out")
+    with pytest.raises(koat.RunFolderError, match="no merged model"):
+        export_model(finished, "vllm", tmp_path / "out", overwrite=True)
+    assert json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))["model_type"] == "llama"

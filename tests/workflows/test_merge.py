@@ -1,0 +1,240 @@
+"""`koat merge`: a folder that transformers opens alone, checked before it is left, or no folder at all."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import koat
+from koat.adapters.attach import attach_adapter, restore_adapter, save_adapter
+from koat.adapters.methods import Ia3Settings, LoraSettings
+from koat.core.settings import ModelSettings
+from koat.model import load_model, load_tokenizer
+from koat.workflows import merge as merging
+from koat.workflows.merge import merge_run
+from tests.tiny_base import call_koat, make_environment, make_rows, write_rows
+
+IDS = torch.arange(3, 40)[None]
+FILES = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "prompt_template.json"}
+
+
+@torch.no_grad()
+def ask(model: Any, ids: torch.Tensor = IDS) -> torch.Tensor:
+    logits: torch.Tensor = model(input_ids=ids).logits.float()
+    return logits
+
+
+def move(folder: Path, spread: float = 0.2) -> None:
+    """Move an adapter's tensors far enough from where they began for a difference to show."""
+    path = folder / "adapter_model.safetensors"
+    generator = torch.Generator().manual_seed(0)
+    state = {
+        name: tensor + spread * torch.randn(tensor.shape, generator=generator)
+        for name, tensor in load_file(path).items()
+    }
+    save_file(state, path, metadata={"format": "pt"})
+
+
+@pytest.fixture(scope="module")
+def run(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The finished run with an adapter that does something."""
+    folder = tmp_path_factory.mktemp("merge") / "run"
+    shutil.copytree(finished, folder)
+    move(folder / "adapter")
+    return folder
+
+
+def test_the_folder_opens_without_koat(run: Path, tmp_path: Path) -> None:
+    status, out, error = call_koat("merge", run, "--out", tmp_path / "merged", "--json")
+    assert status == 0, error
+    found = json.loads(out)
+    assert {path.name for path in (tmp_path / "merged").iterdir()} >= {*FILES, "merge.json"}
+    expected = ask(koat.load(run).model)
+    torch.save(IDS, tmp_path / "ids.pt")
+    code = (
+        "import sys; sys.modules['koat'] = sys.modules['peft'] = None\n"
+        "import torch; from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        "model = AutoModelForCausalLM.from_pretrained('merged'); AutoTokenizer.from_pretrained('merged')\n"
+        "torch.save(model(input_ids=torch.load('ids.pt')).logits.detach(), 'logits.pt')\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=make_environment(), check=True)
+    gap = float((torch.load(tmp_path / "logits.pt") - expected).abs().max())
+    assert gap <= 1e-4
+    assert found["check"]["folder"]["max"] <= 1e-4 < found["check"]["largest_logit"]
+    assert found["check"]["source"] == "the run's own data"
+    assert json.loads((tmp_path / "merged" / "merge.json").read_text(encoding="utf-8")) == {
+        key: value for key, value in found.items() if key != "folder"
+    }
+    for name in ("tokenizer.json", "prompt_template.json"):
+        assert (tmp_path / "merged" / name).read_bytes() == (run / "adapter" / name).read_bytes()
+
+
+def test_bfloat16_is_rounded_once(run: Path, tmp_path: Path) -> None:
+    exact = merge_run(run, tmp_path / "exact", dtype="float32").folder
+    done = merge_run(run, tmp_path / "merged", dtype="bfloat16")
+    wanted, found = (load_file(folder / "model.safetensors") for folder in (exact, done.folder))
+    for name, weight in wanted.items():
+        assert torch.equal(found[name], weight.bfloat16()), name
+    check = done.record["check"]
+    assert check["merging"]["max"] <= 1e-4 < check["folder"]["max"] <= 2 * check["rounding"]["max"] == check["limit"]
+    assert json.loads((done.folder / "config.json").read_text(encoding="utf-8"))["dtype"] == "bfloat16"
+
+
+def test_a_wrong_merge_is_not_left(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def merge_wrongly(model: Any) -> Any:
+        merged = model.merge_and_unload()
+        merged.model.layers[1].mlp.down_proj.weight.data *= 1.01
+        return merged
+
+    monkeypatch.setattr(merging, "merge_adapter", merge_wrongly)
+    for dtype in ("float32", "bfloat16"):
+        with pytest.raises(koat.AdapterError, match=r"rounding explains 0\.0001"):
+            merge_run(run, tmp_path / "merged", dtype=dtype)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("damage", ["tensor", "type"])
+def test_what_was_written_is_what_is_checked(
+    damage: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder is opened again: a tensor that saving spoils shows, in whatever type."""
+    save = merging.save_company
+
+    def spoil(trained: Any, tokenizer: Any, folder: Path) -> None:
+        save(trained, tokenizer, folder)
+        path = folder / "model.safetensors"
+        state = load_file(path)
+        name = "model.layers.0.self_attn.v_proj.weight"
+        state[name] = torch.zeros_like(state[name]) if damage == "tensor" else state[name].to(torch.float8_e5m2).half()
+        save_file(state, path, metadata={"format": "pt"})
+
+    monkeypatch.setattr(merging, "save_company", spoil)
+    for dtype in ("float32", "bfloat16"):
+        with pytest.raises(koat.AdapterError, match="folder as written"):
+            merge_run(run, tmp_path / "merged", dtype=dtype)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_tolerance_is_kept(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(koat.AdapterError, match="--tolerance"):
+        merge_run(run, tmp_path / "merged", tolerance=1e-12)
+
+
+def test_an_earlier_merge_is_replaced_only_when_asked(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "merged"
+    merge_run(run, out, dtype="float32")
+    with pytest.raises(koat.RunFolderError, match="--overwrite"):
+        merge_run(run, out)
+    assert koat.merge(run, out=out, dtype="bfloat16", overwrite=True).record["dtype"] == "bfloat16"
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("dear", encoding="utf-8")
+    with pytest.raises(koat.RunFolderError, match="no merged model"):
+        merge_run(run, tmp_path / "mine", overwrite=True)
+    assert (tmp_path / "mine" / "letter.txt").read_text(encoding="utf-8") == "dear"
+
+
+def test_data_that_is_gone_is_replaced_by_sentences(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    config = tmp_path / "run" / "config.yaml"
+    text = config.read_text(encoding="utf-8")
+    config.write_text(text.replace("rows.jsonl", "gone.jsonl"), encoding="utf-8")
+    done = merge_run(tmp_path / "run", tmp_path / "merged")
+    assert done.record["check"]["source"] == "built-in sentences"
+    assert done.record["check"]["prompts"] == 6
+
+
+def test_a_plain_peft_folder_is_merged(place: Path, run: Path, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    base = AutoModelForCausalLM.from_pretrained(place / "base")
+    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"]))
+    model.save_pretrained(tmp_path / "lora")
+    move(tmp_path / "lora", 0.1)
+    expected = ask(koat.load(tmp_path / "lora").model)
+    done = merge_run(tmp_path / "lora", tmp_path / "merged", settings=ModelSettings(base=str(place / "base")))
+    assert float((ask(AutoModelForCausalLM.from_pretrained(done.folder)) - expected).abs().max()) <= 1e-4
+    assert float((ask(AutoModelForCausalLM.from_pretrained(place / "base")) - expected).abs().max()) > 0.01
+    assert AutoTokenizer.from_pretrained(done.folder)("비가")["input_ids"]
+    assert not (done.folder / "prompt_template.json").exists()
+
+
+def test_a_prefix_is_refused_before_any_weight_is_read(place: Path, tmp_path: Path) -> None:
+    config = {"peft_type": "PREFIX_TUNING", "base_model_name_or_path": str(tmp_path / "nowhere")}
+    (tmp_path / "prefix").mkdir()
+    (tmp_path / "prefix" / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    status, _, error = call_koat("merge", tmp_path / "prefix", "--out", tmp_path / "merged")
+    assert status == 2
+    assert "PREFIX_TUNING adapter" in error and "cannot be merged" in error
+
+
+def test_requantising_asks_for_a_quantised_base(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(koat.AdapterError, match="not quantised"):
+        merge_run(run, tmp_path / "merged", measure_requantising=True)
+
+
+def test_a_chat_template_goes_along(run: Path, tmp_path: Path) -> None:
+    """Where it is the tokenizer's, in the tokenizer's file; where there is none, there is no such merge."""
+    shutil.copytree(run / "adapter", tmp_path / "adapter")
+    (tmp_path / "adapter" / "prompt_template.json").write_text('{"kind": "chat", "name": "chat"}', encoding="utf-8")
+    with pytest.raises(koat.DataError, match="chat template"):
+        merge_run(tmp_path / "adapter", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+    chat = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    (tmp_path / "adapter" / "chat_template.jinja").write_text(chat, encoding="utf-8")
+    done = merge_run(tmp_path / "adapter", tmp_path / "merged")
+    assert AutoTokenizer.from_pretrained(done.folder).chat_template == chat
+
+
+@pytest.mark.parametrize("settings", [Ia3Settings(targets="all-linear"), LoraSettings()], ids=["ia3", "lora"])
+def test_a_merged_nano_writes_what_the_adapter_wrote(settings: Any, randomise: Any, tmp_path: Path) -> None:
+    """Token for token, float32, greedy."""
+    nano = ModelSettings(base="nano", dtype="float32", device="cpu")
+    model = attach_adapter(load_model(nano), settings).eval()
+    randomise(model, spread=0.05)
+    save_adapter(model, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text(encoding="utf-8"))
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "nano"}))
+    merged = AutoModelForCausalLM.from_pretrained(merge_run(tmp_path, tmp_path / "merged", dtype="float32").folder)
+    adapter, base = restore_adapter(load_model(nano), tmp_path).eval(), load_model(nano)
+    tokenizer = load_tokenizer(nano)
+    for text in ("이 영화는 정말", "### 질문: 오늘 날씨는?\n\n### 답변:"):
+        ids = torch.tensor([tokenizer(text)["input_ids"]])
+        said = [
+            each.generate(input_ids=ids, max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=1)
+            for each in (adapter, merged, base)
+        ]
+        assert torch.equal(said[0], said[1])
+        assert not torch.equal(said[0], said[2])
+
+
+@pytest.mark.parametrize("quantisation", ["nf4-double", "8bit"])
+def test_a_quantised_base_is_dequantised_first(quantisation: str, randomise: Any, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed; quantised bases need it")
+    rows = write_rows(tmp_path / "rows.jsonl", make_rows(8))
+    settings = {
+        "model": {"base": "nano", "quantisation": quantisation, "dtype": "float32", "device": "cpu"},
+        "data": {"train": [str(rows)]},
+        "training": {"max_steps": 1, "batch_size": 4},
+    }
+    run = koat.finetune(settings, out=tmp_path / "run")
+    move(run.adapter, 0.1)
+    expected = ask(koat.load(run.path).model)
+    done = merge_run(run.path, tmp_path / "merged", dtype="float32", measure_requantising=True)
+    merged = AutoModelForCausalLM.from_pretrained(done.folder)
+    plain = ask(restore_adapter(load_model(ModelSettings(base="nano", dtype="float32")), run.adapter).eval())
+    found = ask(merged)
+    # LLM.int8() also rounds activations; NF4 in float32 computes with the very weights that were merged.
+    near, far = float((found - expected).abs().max()), float((plain - expected).abs().max())
+    assert near < (1e-3 if quantisation != "8bit" else far) < far + 1e-9
+    assert "quantization_config" not in json.loads((done.folder / "config.json").read_text(encoding="utf-8"))
+    assert done.record["dequantised_layers"] > 10
+    assert done.record["check"]["folder"]["max"] <= 1e-4 < done.record["check"]["requantising"]["max"]
