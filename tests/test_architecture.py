@@ -13,6 +13,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "koat"
 FILES = sorted(SOURCE.rglob("*.py"))
 FLOORS = (
     ("core",),
+    ("quantise",),
     ("adapters", "data", "forest", "model"),
     ("training", "evaluation", "generation"),
     ("report", "serving"),

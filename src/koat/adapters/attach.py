@@ -13,10 +13,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from koat.adapters.architectures import UnknownFamilyError
+from koat.adapters.feed_forward import refine_feed_forwards
 from koat.adapters.ia3 import count_held, holds_queries, refine_ia3_layers, reset_held
 from koat.adapters.lora import refine_lora_layers
 from koat.adapters.methods import find_method
-from koat.adapters.targets import check_targets
+from koat.adapters.soft_prompts import is_soft, read_soft_state, write_soft_state
+from koat.adapters.targets import check_targets, list_linears
 from koat.core.config import Section
 from koat.core.errors import AdapterError
 
@@ -33,14 +36,17 @@ def attach_adapter(model: nn.Module, settings: Section, seed: int = 0) -> PeftMo
     """
     name: str = settings.method  # type: ignore[attr-defined]
     method = find_method(name)
-    config = method.make_config(settings, model.config)
-    targets: Any = config.target_modules  # type: ignore[attr-defined]
-    if not targets:
+    try:
+        config = method.make_config(settings, model.config)
+    except UnknownFamilyError as error:
+        raise AdapterError(f"{error} Its linear layers: {', '.join(list_linears(model))}.") from error
+    targets: Any = getattr(config, "target_modules", ())
+    if not targets and not config.is_prompt_learning:
         raise AdapterError("adapter.targets is empty: name at least one layer, or use paper, attention or all-linear.")
     check_targets(model, targets)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        wrapped = _wrap(model, config, f"adapter.targets={','.join(sorted(targets))}")
+        wrapped = _wrap(model, config, f"adapter.targets={','.join(sorted(targets))}" if targets else name)
     refine_layers(wrapped, holds=getattr(settings, "targets", None) == "paper")
     return wrapped
 
@@ -49,6 +55,7 @@ def refine_layers(wrapped: nn.Module, holds: bool) -> None:
     """Give the layers that PEFT put in koat's forward passes."""
     base = wrapped.get_base_model()  # type: ignore[operator]
     refine_ia3_layers(base, holds)
+    refine_feed_forwards(base)
     refine_lora_layers(base)
 
 
@@ -58,16 +65,19 @@ def count_trainable(model: nn.Module) -> int:
 
 
 def read_adapter_state(model: PeftModel) -> dict[str, Tensor]:
-    """Return the adapter's tensors under PEFT's names, on the CPU."""
+    """Return the adapter's tensors, on the CPU, under PEFT's names; of a soft prompt, all that makes it."""
     reset_held(model)
-    state = get_peft_model_state_dict(model)
+    state = read_soft_state(model) if is_soft(model) else get_peft_model_state_dict(model)
     return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
 
 
 def write_adapter_state(model: PeftModel, state: dict[str, Tensor]) -> None:
     """Put tensors under PEFT's names back. Raises AdapterError for missing, extra or misshapen ones."""
     compare_states(read_adapter_state(model), state, "the checkpoint")
-    set_peft_model_state_dict(model, state)
+    if is_soft(model):
+        write_soft_state(model, state)
+    else:
+        set_peft_model_state_dict(model, state)
 
 
 def save_adapter(model: PeftModel, folder: Path) -> None:
@@ -97,7 +107,7 @@ def restore_adapter(model: nn.Module, folder: Path, trainable: bool = False) -> 
     config.inference_mode = not trainable
     wrapped = _wrap(model, config, str(folder / CONFIG))
     refine_layers(wrapped, holds=bool(extra.get("holds_queries")))
-    compare_states(read_adapter_state(wrapped), state, str(folder))
+    compare_states(get_peft_model_state_dict(wrapped), state, str(folder))
     set_peft_model_state_dict(wrapped, state)
     return wrapped
 

@@ -6,22 +6,27 @@ the two small matrices to the activation's type instead. In float32 both are the
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
-from peft.tuners.lora.layer import Linear as PeftLinear
+from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from koat.adapters.architectures import find_architecture
+from koat.adapters.architectures import find_architecture, is_transposed
 from koat.adapters.targets import read_peft_default, resolve_roles
+from koat.core.errors import AdapterError
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-    from koat.adapters.settings import LoraSettings
+    from koat.adapters.settings import LowRankSettings
+
+REFINED = frozenset({"Linear", "Linear4bit", "Linear8bitLt"})
+"""PEFT's LoRA layers that get koat's forward pass; the quantised ones exist only beside bitsandbytes."""
 
 
-def resolve_lora_targets(settings: LoraSettings, config: Any) -> list[str]:
+def resolve_lora_targets(settings: LowRankSettings, config: Any) -> list[str]:
     """Return the names of the linear layers that get an update."""
     if isinstance(settings.targets, list):
         return settings.targets
@@ -33,7 +38,7 @@ def resolve_lora_targets(settings: LoraSettings, config: Any) -> list[str]:
     return resolve_roles(settings.targets, config)
 
 
-def make_lora_config(settings: LoraSettings, config: Any) -> LoraConfig:
+def make_lora_config(settings: LowRankSettings, config: Any) -> LoraConfig:
     """Return PEFT's configuration for these settings on this model."""
     from peft import LoraConfig
 
@@ -44,17 +49,19 @@ def make_lora_config(settings: LoraSettings, config: Any) -> LoraConfig:
         lora_alpha=settings.alpha,  # type: ignore[arg-type]
         lora_dropout=settings.dropout,
         use_rslora=settings.rslora,
-        fan_in_fan_out=config.model_type == "gpt2",
+        use_dora=settings.dora,
+        fan_in_fan_out=is_transposed(config),
     )
 
 
-class LoraLinear(PeftLinear):
-    """PEFT's LoRA layer; plain updates are computed in the type of `x`, variants (DoRA ...) are left to PEFT."""
+class LoraLinear(nn.Module, LoraLayer):
+    """Mixed into PEFT's LoRA layers: updates are computed in the type of `x`, variants (DoRA ...) left to PEFT."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the base layer's output for `x` `[..., in]` plus `scaling * B A x` of every active adapter."""
         if self.disable_adapters or self.merged or self.lora_variant or "adapter_names" in kwargs:
-            return super().forward(x, *args, **kwargs)
+            plain: Tensor = super().forward(x, *args, **kwargs)
+            return plain
         result: Tensor = self.base_layer(x, *args, **kwargs)
         for name in self.active_adapters:
             if name in self.lora_A:
@@ -66,10 +73,24 @@ class LoraLinear(PeftLinear):
 
 
 def refine_lora_layers(model: nn.Module) -> None:
-    """Give PEFT's plain LoRA layers koat's forward pass; names, parameters and files stay PEFT's.
+    """Give PEFT's LoRA layers koat's forward pass; names, parameters and files stay PEFT's.
 
-    Layers whose update has a bias (`lora_bias`, from an adapter that PEFT trained) keep PEFT's.
+    Layers whose update has a bias (`lora_bias`, from an adapter that PEFT trained) keep PEFT's. Raises
+    AdapterError for DoRA on an 8-bit base: on a CPU, PEFT loses the layers' scales when it reads their weights.
     """
     for module in model.modules():
-        if type(module) is PeftLinear and not any(module.lora_bias.values()):
-            module.__class__ = LoraLinear
+        layer: Any = module
+        plain: Any = type(module)
+        refined = plain.__module__.startswith("peft.tuners.lora.") and plain.__name__ in REFINED
+        if refined and plain.__name__ == "Linear8bitLt" and layer.lora_variant:
+            raise AdapterError(
+                "This LoRA has a variant (DoRA) that PEFT cannot compute on an 8-bit base. "
+                "Set model.quantisation=nf4 or none."
+            )
+        if refined and not any(layer.lora_bias.values()):
+            layer.__class__ = _derive_class(plain)
+
+
+@functools.cache
+def _derive_class(plain: type[nn.Module]) -> type[nn.Module]:
+    return type(f"Lora{plain.__name__}", (LoraLinear, plain), {})

@@ -9,6 +9,7 @@ from pydantic import Field
 from koat.core.config import Section
 
 Targets = Literal["paper", "peft", "attention", "all-linear"] | list[str]
+START = "Folder of an adapter, koat's or PEFT's, to go on from; none: a fresh one."
 
 
 class Ia3Settings(Section):
@@ -24,12 +25,13 @@ class Ia3Settings(Section):
         default_factory=list,
         description="With named targets: those whose input is scaled instead of their output.",
     )
+    start: str | None = Field(None, description=START)
 
 
-class LoraSettings(Section):
-    """LoRA (Hu et al. 2021): a low-rank update beside each chosen linear layer."""
+class LowRankSettings(Section):
+    """A low-rank update beside each chosen linear layer."""
 
-    method: Literal["lora"] = "lora"
+    method: str
     targets: Targets = Field(
         "all-linear",
         description="`attention`: queries, keys, values, attention output. `all-linear`: every linear layer. "
@@ -39,6 +41,49 @@ class LoraSettings(Section):
     alpha: float = Field(16.0, gt=0, description="The update is scaled by alpha / r.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the update's input.")
     rslora: bool = Field(False, description="Scale by alpha / sqrt(r) instead (rank-stabilised LoRA).")
+    dora: bool = Field(False, description="Train each output's magnitude apart from its direction (DoRA).")
+    start: str | None = Field(None, description=START)
 
 
-AdapterSettings = Annotated[Ia3Settings | LoraSettings, Field(discriminator="method")]
+class LoraSettings(LowRankSettings):
+    """LoRA (Hu et al. 2021), with rsLoRA and DoRA (Liu et al. 2024)."""
+
+    method: Literal["lora"] = "lora"
+
+
+class QloraSettings(LowRankSettings):
+    """QLoRA (Dettmers et al. 2023): LoRA on a base model in 4 bit."""
+
+    method: Literal["qlora"] = "qlora"
+
+
+class SoftPromptSettings(Section):
+    """Tokens that stand before every sequence and are trained instead of the model."""
+
+    method: str
+    num_virtual_tokens: Annotated[int, Field(gt=0)] = Field(20, description="Length of the soft prompt in tokens.")
+
+
+class PrefixSettings(SoftPromptSettings):
+    """Prefix tuning (Li and Liang 2021): keys and values before every sequence, in every layer."""
+
+    method: Literal["prefix"] = "prefix"
+
+
+class PromptSettings(SoftPromptSettings):
+    """Prompt tuning (Lester et al. 2021): embeddings before every sequence."""
+
+    method: Literal["prompt"] = "prompt"
+
+
+class PTuningSettings(SoftPromptSettings):
+    """P-tuning (Liu et al. 2021): embeddings before every sequence, made by a small network while training."""
+
+    method: Literal["p_tuning"] = "p_tuning"
+    encoder_size: Annotated[int, Field(gt=0)] = Field(128, description="Width of the network that makes the prompt.")
+
+
+AdapterSettings = Annotated[
+    Ia3Settings | LoraSettings | QloraSettings | PrefixSettings | PromptSettings | PTuningSettings,
+    Field(discriminator="method"),
+]

@@ -41,8 +41,12 @@ def find_windows(config: Any) -> dict[str, int | None]:
     return {kind: None if kind == "full_attention" else window for kind in dict.fromkeys(types)}
 
 
-def render_mask(plan: AttentionPlan, position: Tensor, subtree_end: Tensor, dtype: torch.dtype) -> Any:
+def render_mask(
+    plan: AttentionPlan, position: Tensor, subtree_end: Tensor, dtype: torch.dtype, num_cached: int = 0
+) -> Any:
     """Render the attention mask of a micro-batch (`position`, `subtree_end`: `[R, L]`) for a model.
+
+    The first `num_cached` of the L tokens are keys in a cache and ask nothing: masks are then `[R, 1, L - n, L]`.
 
     Returns what the model's `attention_mask` takes: a boolean `[R, 1, L, L]` for SDPA, an additive one of
     `dtype` for eager attention, a `BlockMask` for FlexAttention, or a mapping from layer type to one of them.
@@ -51,7 +55,8 @@ def render_mask(plan: AttentionPlan, position: Tensor, subtree_end: Tensor, dtyp
     rendered: dict[int | None, Any] = {}
     for _, window in plan.windows:
         if window not in rendered:
-            rendered[window] = _render_one(plan.kernel, position, subtree_end, window, dtype)
+            mask = _render_one(plan.kernel, position, subtree_end, window, dtype)
+            rendered[window] = mask[:, :, num_cached:] if num_cached else mask
     if plan.by_type:
         return {kind: rendered[window] for kind, window in plan.windows}
     return rendered[plan.windows[0][1]]

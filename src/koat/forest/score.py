@@ -17,6 +17,7 @@ from koat.core.sequence import Sequence
 from koat.forest.attend import FLEX_BLOCK, AttentionPlan, Kernel, render_mask
 from koat.forest.head import gather_logprobs, head_logprobs, head_scores
 from koat.forest.pack import MicroBatch, RowCost, batch_rows, plan_rows, plan_separate_rows
+from koat.forest.root import Root, stand_on, take_root
 from koat.forest.walk import IMPLEMENTATION, Walk, register_walk
 
 
@@ -75,24 +76,35 @@ def token_logprobs(model: nn.Module, batch: MicroBatch, layout: Layout) -> Tenso
 
     `model` is a causal model of transformers, with or without PEFT around it. Differentiable.
     """
-    causal = unwrap(model)
+    output, source = run_rows(model, batch, layout)
     if layout.split_head:
-        hidden = causal.base_model(**make_inputs(causal, batch, layout)).last_hidden_state
-        return head_logprobs(causal, hidden.flatten(0, 1), batch.source, batch.target)
-    logits = causal(**make_inputs(causal, batch, layout)).logits.flatten(0, 1)
-    return gather_logprobs(logits, batch.source, batch.target)
+        return head_logprobs(unwrap(model), output, source, batch.target)
+    return gather_logprobs(output, source, batch.target)
 
 
 @torch.no_grad()
 def score_tokens(model: nn.Module, batch: MicroBatch, layout: Layout) -> tuple[Tensor, Tensor]:
     """Return each prediction's log-probability `[P]` and the token id `[P]` that the model likes best there."""
-    causal = unwrap(model)
+    output, source = run_rows(model, batch, layout)
     if layout.split_head:
-        hidden = causal.base_model(**make_inputs(causal, batch, layout)).last_hidden_state.flatten(0, 1)
-        return head_scores(causal, hidden, batch.source, batch.target)
-    logits = causal(**make_inputs(causal, batch, layout)).logits.flatten(0, 1)
-    greedy = logits.index_select(0, batch.source).argmax(-1)
-    return gather_logprobs(logits, batch.source, batch.target), greedy
+        return head_scores(unwrap(model), output, source, batch.target)
+    greedy = output.index_select(0, source).argmax(-1)
+    return gather_logprobs(output, source, batch.target), greedy
+
+
+def run_rows(model: nn.Module, batch: MicroBatch, layout: Layout) -> tuple[Tensor, Tensor]:
+    """Run a micro-batch's N tokens; return hidden states `[N, d]`, or logits `[N, V]` without `split_head`.
+
+    Beside them stands where each prediction's source lies among the N: a soft prompt's tokens come first.
+    """
+    causal, root = unwrap(model), take_root(model, len(batch.token_ids))
+    inputs = make_inputs(causal, batch, layout, root)
+    source = batch.source
+    if root is not None and root.embeddings is not None:
+        source = stand_on(batch, root.num_tokens, computed=True).source
+    if layout.split_head:
+        return causal.base_model(**inputs).last_hidden_state.flatten(0, 1), source
+    return causal(**inputs).logits.flatten(0, 1), source
 
 
 def unwrap(model: nn.Module) -> Any:
@@ -100,20 +112,30 @@ def unwrap(model: nn.Module) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
 
 
-def make_inputs(causal: Any, batch: MicroBatch, layout: Layout) -> dict[str, Any]:
+def make_inputs(causal: Any, batch: MicroBatch, layout: Layout, root: Root | None = None) -> dict[str, Any]:
     """Return the keyword arguments of the model's forward pass."""
     inputs: dict[str, Any] = {"input_ids": batch.token_ids, "use_cache": False}
+    num_below = 0 if root is None else root.num_tokens
+    if root is not None and root.embeddings is not None:
+        embedded = causal.get_input_embeddings()(inputs.pop("input_ids"))
+        inputs["inputs_embeds"] = torch.cat([root.embeddings.to(embedded.dtype), embedded], 1)
+    elif root is not None:
+        inputs["past_key_values"] = root.cache
     if layout.plan is None:
         # A row is one sequence: real tokens stand below its end, padding tokens are their own roots.
-        lengths = batch.subtree_end[:, :1]
-        index = torch.arange(batch.token_ids.shape[1], device=batch.token_ids.device)
+        lengths = batch.subtree_end[:, :1] + num_below
+        index = torch.arange(batch.token_ids.shape[1] + num_below, device=batch.token_ids.device)
         inputs["attention_mask"] = (index < lengths).long()
         return inputs
     set_kernel(causal, layout.plan.kernel)
-    inputs["position_ids"] = batch.position
-    inputs["attention_mask"] = render_mask(layout.plan, batch.position, batch.subtree_end, causal.dtype)
+    num_cached = 0 if root is None else root.num_cached
+    standing = batch if root is None else stand_on(batch, num_below, computed=not num_cached)
+    inputs["position_ids"] = standing.position[:, num_cached:]
+    inputs["attention_mask"] = render_mask(
+        layout.plan, standing.position, standing.subtree_end, causal.dtype, num_cached
+    )
     if layout.plan.kernel == "walk":
-        inputs["walk"] = Walk(batch.position, batch.subtree_end)
+        inputs["walk"] = Walk(standing.position, standing.subtree_end)
     return inputs
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from koat.core.sequence import Sequence
 from koat.forest.attend import AttentionPlan, Kernel, find_windows
 from koat.forest.pack import RowCost
+from koat.forest.root import has_cached_root, is_rooted
 from koat.forest.score import Layout, cut_sequences, estimate_row_cost, token_logprobs, unwrap
 from koat.forest.walk import IMPLEMENTATION
 
@@ -63,12 +64,18 @@ def make_probe(vocabulary: int, seed: int = 0, longest: int = 40) -> list[Sequen
 
 @torch.no_grad()
 def single_logprobs(model: nn.Module, sequences: ListLike[Sequence]) -> list[Tensor]:
-    """Return each sequence's target log-probabilities from a plain pass of that sequence alone."""
+    """Return each sequence's target log-probabilities from a plain pass of that sequence alone.
+
+    A soft prompt is put before it by PEFT's own forward pass.
+    """
     results = []
     device = next(model.parameters()).device
+    caller: Any = model if is_rooted(model) else unwrap(model)
     for sequence in sequences:
         ids = torch.tensor([sequence.token_ids], device=device)
-        logprobs = unwrap(model)(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)
+        mask = {"attention_mask": torch.ones_like(ids)} if is_rooted(model) else {}
+        logits = caller(input_ids=ids, use_cache=False, **mask).logits[0]
+        logprobs = logits[-len(sequence) :].float().log_softmax(-1)
         at = torch.tensor(sequence.supervised, device=device).nonzero().squeeze(1)
         results.append(logprobs[at - 1, ids[0, at]])
     return results
@@ -155,9 +162,15 @@ def find_kernel(config: Any) -> Kernel:
     return known.get(config._attn_implementation, "eager")
 
 
-def list_kernels(causal: Any, wanted: str) -> list[Kernel]:
-    """Return the kernels worth trying: on a CPU, where SDPA serves, walked attention before it."""
+def list_kernels(model: nn.Module, wanted: str) -> list[Kernel]:
+    """Return the kernels worth trying: on a CPU, where SDPA serves, walked attention before it.
+
+    Keys in a cache (prefix tuning) are for kernels that take a dense mask.
+    """
+    causal = unwrap(model)
     kernel = find_kernel(causal.config)
+    if has_cached_root(model):
+        return ["eager" if kernel == "eager" else "sdpa"]
     if causal.device.type != "cpu" or kernel not in ("sdpa", "walk"):
         return [kernel]
     if wanted == "sdpa":
@@ -208,13 +221,13 @@ def verify_layout(model: nn.Module, attention: str = "auto") -> tuple[Layout, Ve
     was_training = causal.training
     causal.eval()
     try:
-        return _verify(causal, list_kernels(causal, attention))
+        return _verify(model, list_kernels(model, attention))
     finally:
         causal.train(was_training)
 
 
-def _verify(causal: Any, kernels: list[Kernel]) -> tuple[Layout, Verification]:
-    kernel = kernels[-1]
+def _verify(model: nn.Module, kernels: list[Kernel]) -> tuple[Layout, Verification]:
+    causal, kernel = unwrap(model), kernels[-1]
     try:
         twin = make_twin(causal)
     except Exception as error:  # an unusual configuration class; the model itself still runs
@@ -229,9 +242,9 @@ def _verify(causal: Any, kernels: list[Kernel]) -> tuple[Layout, Verification]:
             reasons.append(reason or f"log-probabilities differ by {twin_difference:.2g} on a float32 twin")
             continue
         real = make_probe(causal.get_output_embeddings().weight.shape[0], seed=1)
-        noise, _ = _try_layout(causal, real, make_padded(causal.config, layout.split_head))
-        noise = max(noise, estimate_rounding(causal, real))
-        difference, reason = _try_layout(causal, real, layout)
+        noise, _ = _try_layout(model, real, make_padded(causal.config, layout.split_head))
+        noise = max(noise, estimate_rounding(model, real))
+        difference, reason = _try_layout(model, real, layout)
         if difference <= max(FLOOR, NOISE_FACTOR * noise):
             found = Verification(
                 True, layout.split_head, layout.plan.kernel, twin_difference, difference, noise, "exact"
