@@ -26,7 +26,7 @@ from koat.forest.verify import verify_layout
 from koat.training.loop import train
 from koat.training.sampler import plan_steps
 
-STEP = 16
+STEP = 24
 """Examples per optimizer step, on every side."""
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
 """Largest difference allowed between two mean losses of one example."""

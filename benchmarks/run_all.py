@@ -139,15 +139,20 @@ def run_all(options: Options, page: Path) -> bool:
             rates[name] = max(rates[name], measure_matrix_rate(getattr(torch, name), options.device))
         sections[title] = run_guarded(module.run, options, rates)
         print_findings(sections[title])
-    machine["matrix rate"] = ", ".join(f"{name} {rate / 1e9:,.0f} GFLOP/s" for name, rate in rates.items())
-    lowest = summarise(sections)
+        machine["matrix rate"] = ", ".join(f"{name} {rate / 1e9:,.0f} GFLOP/s" for name, rate in rates.items())
+        # After each benchmark: whoever stops a long run keeps what it measured.
+        write_page(page, format_page(options, machine, sections, time.monotonic() - began), sections)
     print(f"matrix rate: {machine['matrix rate']}")
-    print_findings(Findings(tables=[lowest]))
+    print_findings(Findings(tables=[summarise(sections)]))
+    return all(findings.passed for findings in sections.values())
+
+
+def write_page(page: Path, text: str, sections: dict[str, Findings]) -> None:
+    """Write the page, and its results as JSON beside it."""
     page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text(format_page(options, machine, sections, time.monotonic() - began), encoding="utf-8")
+    page.write_text(text, encoding="utf-8")
     lines = [result.to_mapping() for findings in sections.values() for result in findings.results]
     page.with_suffix(".json").write_text(json.dumps(lines, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    return all(findings.passed for findings in sections.values())
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from koat.evaluation.scorer import score_requests
 from koat.forest.score import Layout, cut_sequences
 from koat.forest.verify import verify_layout
 
-TASKS = {"HellaSwag, 10 shots": (read_hellaswag, 10, 4, 1), "MMLU, 5 shots": (read_mmlu, 5, 96, 4)}
+TASKS = {"HellaSwag, 10 shots": (read_hellaswag, 10, 4, 1), "MMLU, 5 shots": (read_mmlu, 5, 96, 64)}
 """Reader, shots, items at 25 minutes, items at least."""
 BATCH_SIZES = (1, 4, 8, 16, 32)
 TOKEN_BUDGET = 4096

@@ -46,15 +46,14 @@ def estimate_row_cost(config: Any, kernel: str) -> RowCost:
     """Estimate the price of attention from a model's shape.
 
     A token costs about `24 * hidden^2` operations per layer in matrix products and `4 * hidden` per key it is
-    multiplied with. Dense masked attention runs at about half the rate of the products; block masks and
-    walked attention skip what is hidden, so most of a long row costs nothing. Starting a micro-batch took as
-    long as 16 to 48 tokens on a CPU (8 layers of 512); a GPU computes a thousand meanwhile.
+    multiplied with. Dense masked attention runs at about half the rate of the products; block masks skip most of
+    what is hidden, walked attention all of it, so that a long row costs next to nothing. Starting a micro-batch
+    takes as long as 128 tokens on a CPU (8 layers of 512; short products also run slower); a GPU computes a
+    thousand meanwhile.
     """
     hidden = int(getattr(config, "hidden_size", None) or config.n_embd)
-    skips_hidden = {"flex": 1024.0, "walk": 32.0}
-    if kernel in skips_hidden:
-        return RowCost(0.1 / (3 * hidden), start_up=skips_hidden[kernel])
-    return RowCost(1 / (3 * hidden), start_up=32.0)
+    share, start_up = {"flex": (0.1, 1024.0), "walk": (0.01, 128.0)}.get(kernel, (1.0, 32.0))
+    return RowCost(share / (3 * hidden), start_up)
 
 
 def cut_sequences(
