@@ -22,6 +22,7 @@ GATHER = 48.0
 LOOK_BACK = 256
 """How many segments a piece may join; more would only widen its mask."""
 IntArray = NDArray[np.int64]
+BoolArray = NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +30,7 @@ class Piece:
     """Queries `[start, stop)` of one row, and the keys they see.
 
     `keys` are places in the row, a slice where they stand side by side. `mask` is additive, float32
-    `[stop - start, K]`; None means causal over the piece itself.
+    `[n, K]`; None means causal over the piece itself. With `queries` only those places `[n]` ask, not all.
     """
 
     row: int
@@ -37,12 +38,16 @@ class Piece:
     stop: int
     keys: slice | Tensor
     mask: Tensor | None
+    queries: Tensor | None = None
 
 
-def cut_row(row: int, position: IntArray, subtree_end: IntArray, window: int | None) -> Iterator[Piece]:
+def cut_row(
+    row: int, position: IntArray, subtree_end: IntArray, window: int | None, asking: BoolArray | None = None
+) -> Iterator[Piece]:
     """Yield the pieces of one row (`position`, `subtree_end`: `[L]`), tokens that are alone left out.
 
-    A token that is its whole tree, such as padding, sees only itself: its output is its own value.
+    A token that is its whole tree, such as padding, sees only itself: its output is its own value. With `asking
+    [L]` the answers of other tokens are of no use to anybody: pieces without a token that asks are left out.
     """
     # Along a chain every token has the same end; it changes where the tree branches and where a leaf ends.
     starts = np.flatnonzero(np.diff(subtree_end, prepend=-1))
@@ -51,7 +56,12 @@ def cut_row(row: int, position: IntArray, subtree_end: IntArray, window: int | N
     roots = np.maximum.accumulate(np.where(position == 0, np.arange(len(position)), 0))
     starts, stops = starts[~alone], stops[~alone]
     for first, last in join_segments(starts, stops, position[starts], roots[starts]):
-        yield make_piece(row, int(starts[first]), int(stops[last]), position, subtree_end, window)
+        start, stop = int(starts[first]), int(stops[last])
+        if asking is None or 2 * asking[start:stop].sum() > stop - start:
+            yield make_piece(row, start, stop, position, subtree_end, window)
+        elif asking[start:stop].any():
+            queries = start + np.flatnonzero(asking[start:stop])
+            yield make_piece(row, start, stop, position, subtree_end, window, queries)
 
 
 def join_segments(starts: IntArray, stops: IntArray, depth: IntArray, roots: IntArray) -> list[tuple[int, int]]:
@@ -89,7 +99,15 @@ def price_pieces(start: IntArray, stop: IntArray, depth: IntArray, root: IntArra
     return price
 
 
-def make_piece(row: int, start: int, stop: int, position: IntArray, subtree_end: IntArray, window: int | None) -> Piece:
+def make_piece(
+    row: int,
+    start: int,
+    stop: int,
+    position: IntArray,
+    subtree_end: IntArray,
+    window: int | None,
+    queries: IntArray | None = None,
+) -> Piece:
     """Find a piece's keys and render its mask.
 
     All keys from the lowest ancestor on are taken as they lie where that is cheaper than bringing the seen ones
@@ -98,16 +116,17 @@ def make_piece(row: int, start: int, stop: int, position: IntArray, subtree_end:
     ancestors = np.flatnonzero(subtree_end[:start] > start)
     if window is not None:
         ancestors = ancestors[position[start:stop].min() - position[ancestors] < window]
-    size, seen = stop - start, len(ancestors) + stop - start
-    spans = len(ancestors) > 0 and size * (stop - ancestors[0]) <= seen * (size + GATHER)
-    keys = np.arange(ancestors[0], stop) if spans else np.concatenate([ancestors, np.arange(start, stop)])
     is_chain = bool((subtree_end[start:stop] == subtree_end[start]).all())
-    if not len(ancestors) and is_chain and (window is None or stop - start <= window):
+    if queries is None and not len(ancestors) and is_chain and (window is None or stop - start <= window):
         return Piece(row, start, stop, slice(start, stop), None)
-    query = np.arange(start, stop)[:, None]
-    visible = (keys <= query) & (query < subtree_end[keys])
+    query = np.arange(start, stop) if queries is None else queries
+    seen = len(ancestors) + stop - start
+    spans = len(ancestors) > 0 and len(query) * (stop - ancestors[0]) <= seen * (len(query) + GATHER)
+    keys = np.arange(ancestors[0], stop) if spans else np.concatenate([ancestors, np.arange(start, stop)])
+    visible = (keys <= query[:, None]) & (query[:, None] < subtree_end[keys])
     if window is not None:
-        visible &= position[start:stop, None] - position[keys] < window
+        visible &= position[query, None] - position[keys] < window
     mask = torch.zeros(visible.shape).masked_fill_(torch.from_numpy(~visible), float("-inf"))
     side_by_side = len(keys) == stop - keys[0]
-    return Piece(row, start, stop, slice(int(keys[0]), stop) if side_by_side else torch.from_numpy(keys), mask)
+    taken = slice(int(keys[0]), stop) if side_by_side else torch.from_numpy(keys)
+    return Piece(row, start, stop, taken, mask, None if queries is None else torch.from_numpy(queries))

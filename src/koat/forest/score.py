@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from collections.abc import Sequence as ListLike
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from koat.core.sequence import Sequence
 from koat.forest.attend import FLEX_BLOCK, AttentionPlan, Kernel, render_mask
 from koat.forest.head import gather_logprobs, head_logprobs, head_scores
+from koat.forest.narrow import narrow_last_layer
 from koat.forest.pack import MicroBatch, RowCost, batch_rows, plan_rows, plan_separate_rows
 from koat.forest.root import Root, stand_on, take_root
 from koat.forest.walk import IMPLEMENTATION, Walk, register_walk
@@ -27,7 +29,8 @@ class Layout:
 
     `plan` is None for padded rows: one sequence each, the model's own causal mask, nothing shared. With
     `split_head` only the rows of the head that some target needs are computed. With `alone` each sequence
-    is a micro-batch of its own, for models whose result depends on the longest row beside it.
+    is a micro-batch of its own, for models whose result depends on the longest row beside it. With `narrow` the
+    last layer computes only what some target needs (`koat.forest.narrow`).
     """
 
     plan: AttentionPlan | None
@@ -35,6 +38,7 @@ class Layout:
     max_row_length: int
     split_head: bool = True
     alone: bool = False
+    narrow: bool = False
 
     @property
     def shares(self) -> bool:
@@ -97,13 +101,14 @@ def run_rows(model: nn.Module, batch: MicroBatch, layout: Layout) -> tuple[Tenso
     Beside them stands where each prediction's source lies among the N: a soft prompt's tokens come first.
     """
     causal, root = unwrap(model), take_root(model, len(batch.token_ids))
-    inputs = make_inputs(causal, batch, layout, root)
     source = batch.source
     if root is not None and root.embeddings is not None:
         source = stand_on(batch, root.num_tokens, computed=True).source
-    if layout.split_head:
-        return causal.base_model(**inputs).last_hidden_state.flatten(0, 1), source
-    return causal(**inputs).logits.flatten(0, 1), source
+    with narrow_last_layer(causal, source) if layout.narrow else nullcontext():
+        inputs = make_inputs(causal, batch, layout, root)
+        if layout.split_head:
+            return causal.base_model(**inputs).last_hidden_state.flatten(0, 1), source
+        return causal(**inputs).logits.flatten(0, 1), source
 
 
 def unwrap(model: nn.Module) -> Any:
@@ -134,8 +139,17 @@ def make_inputs(causal: Any, batch: MicroBatch, layout: Layout, root: Root | Non
         layout.plan, standing.position, standing.subtree_end, causal.dtype, num_cached
     )
     if layout.plan.kernel == "walk":
-        inputs["walk"] = Walk(standing.position, standing.subtree_end)
+        inputs["walk"] = make_walk(causal, standing, layout)
     return inputs
+
+
+def make_walk(causal: Any, standing: MicroBatch, layout: Layout) -> Walk:
+    """Return the pieces of a micro-batch; with `narrow` the last layer answers predicting tokens alone."""
+    if not layout.narrow:
+        return Walk(standing.position, standing.subtree_end)
+    asking = torch.zeros_like(standing.position, dtype=torch.bool)
+    asking.view(-1)[standing.source] = True
+    return Walk(standing.position, standing.subtree_end, asking, int(causal.config.num_hidden_layers) - 1)
 
 
 def set_kernel(causal: Any, kernel: Kernel) -> None:

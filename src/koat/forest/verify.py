@@ -187,7 +187,8 @@ def list_candidates(config: Any, kernel: Kernel) -> list[Layout]:
     by_type = AttentionPlan(kernel, tuple(windows.items()), by_type=True)
     single = AttentionPlan(kernel, tuple(windows.items())[:1])
     plans = [by_type, single] if getattr(config, "layer_types", None) else [single]
-    return [Layout(plan, cost, limit, split) for split in (True, False) for plan in plans]
+    heads = ((True, True), (True, False), (False, False))
+    return [Layout(plan, cost, limit, split, narrow=narrow) for split, narrow in heads for plan in plans]
 
 
 def make_padded(config: Any, split_head: bool = False) -> Layout:

@@ -26,22 +26,30 @@ UNKNOWN = ("softcap", "s_aux", "position_bias")
 
 @dataclass(frozen=True)
 class Walk:
-    """The pieces of a micro-batch (`position`, `subtree_end`: `[R, L]`), made once for each window."""
+    """The pieces of a micro-batch (`position`, `subtree_end`: `[R, L]`), made once for each window.
+
+    In the layer `last_layer` only tokens marked in `asking [R, L]` need an answer.
+    """
 
     position: Tensor
     subtree_end: Tensor
-    made: dict[int | None, list[Piece]] = field(default_factory=dict)
+    asking: Tensor | None = None
+    last_layer: int = -1
+    made: dict[tuple[int | None, bool], list[Piece]] = field(default_factory=dict)
 
-    def list_pieces(self, window: int | None) -> list[Piece]:
-        """Return all rows' pieces under a sliding window (None: unlimited)."""
-        if window not in self.made:
-            rows = zip(self.position.numpy(), self.subtree_end.numpy(), strict=True)
-            self.made[window] = [
+    def list_pieces(self, window: int | None, layer: int | None = None) -> list[Piece]:
+        """Return all rows' pieces under a sliding window (None: unlimited) in a layer."""
+        asking = self.asking if layer == self.last_layer else None
+        key = (window, asking is not None)
+        if key not in self.made:
+            position, subtree_end = self.position.numpy(), self.subtree_end.numpy()
+            marks = [None] * len(position) if asking is None else list(asking.numpy())
+            self.made[key] = [
                 piece
-                for row, (position, subtree_end) in enumerate(rows)
-                for piece in cut_row(row, position, subtree_end, window)
+                for row, mark in enumerate(marks)
+                for piece in cut_row(row, position[row], subtree_end[row], window, mark)
             ]
-        return self.made[window]
+        return self.made[key]
 
 
 class WalkAttention(torch.autograd.Function):
@@ -58,7 +66,7 @@ class WalkAttention(torch.autograd.Function):
                 take_queries(query, piece), take_keys(key, piece, repeats), take_keys(value, piece, repeats),
                 0.0, piece.mask is None, attn_mask=shape_mask(piece), scale=scaling,
             )  # fmt: skip
-            output[piece.row, piece.start : piece.stop] = part[0].transpose(0, 1)
+            output[piece.row, pick_places(piece)] = part[0].transpose(0, 1)
             sums.append(log_sum)
         ctx.save_for_backward(query, key, value, output, *sums)
         ctx.pieces, ctx.scaling = pieces, scaling
@@ -82,15 +90,21 @@ class WalkAttention(torch.autograd.Function):
                 take_queries(output.transpose(1, 2), piece), log_sum,
                 0.0, piece.mask is None, attn_mask=shape_mask(piece), scale=ctx.scaling,
             )  # fmt: skip
-            for_query[piece.row, :, piece.start : piece.stop] = parts[0][0]
+            for_query[piece.row, :, pick_places(piece)] = parts[0][0]
             add_keys(for_key, fold_heads(parts[1], repeats)[0], piece)
             add_keys(for_value, fold_heads(parts[2], repeats)[0], piece)
         return for_query, for_key, for_value, None, None
 
 
+def pick_places(piece: Piece) -> slice | Tensor:
+    """Return the places of a piece's queries in their row."""
+    return slice(piece.start, piece.stop) if piece.queries is None else piece.queries
+
+
 def take_queries(heads: Tensor, piece: Piece) -> Tensor:
     """Return a piece's queries `[1, H, n, D]` of `[R, H, L, D]`."""
-    return heads[piece.row : piece.row + 1, :, piece.start : piece.stop]
+    row = heads[piece.row : piece.row + 1]
+    return row[:, :, piece.start : piece.stop] if piece.queries is None else row.index_select(2, piece.queries)
 
 
 def take_keys(heads: Tensor, piece: Piece, repeats: int) -> Tensor:
@@ -143,8 +157,9 @@ def attend_walk(
     unknown = [name for name in UNKNOWN if kwargs.get(name) is not None]
     if unknown:
         raise NotImplementedError(f"walked attention knows no {', '.join(unknown)}")
+    pieces = walk.list_pieces(sliding_window, getattr(module, "layer_idx", None))
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    output: Tensor = WalkAttention.apply(query, key, value, walk.list_pieces(sliding_window), scale)  # type: ignore[no-untyped-call]
+    output: Tensor = WalkAttention.apply(query, key, value, pieces, scale)  # type: ignore[no-untyped-call]
     return output, None
 
 

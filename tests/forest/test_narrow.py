@@ -1,0 +1,88 @@
+"""The last layer computes what predicts something, and nothing that is asked changes by it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from koat.core.sequence import Sequence
+from koat.forest.build import build_forest
+from koat.forest.narrow import find_last_layer
+from koat.forest.pieces import cut_row
+from koat.forest.score import cut_sequences, token_logprobs
+from koat.forest.verify import verify_layout
+
+
+def make_sequences() -> list[Sequence]:
+    """Return six answers of two tokens behind one context of thirty."""
+    context = tuple(range(10, 40))
+    return [Sequence((*context, 50 + n, 60 + n, 70), (False,) * 31 + (True,) * 2) for n in range(6)]
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "llama", "gpt2", "gemma2", "qwen2-window"])
+def test_log_probabilities_and_gradients_stay(make_model, family) -> None:
+    model, sequences = make_model(family), make_sequences()
+    layout, _ = verify_layout(model)
+    assert layout.narrow
+    weight = find_last_layer(model).get_submodule("mlp")
+    results = []
+    for each in (layout, replace(layout, narrow=False)):
+        model.zero_grad(set_to_none=True)
+        model.requires_grad_(True)
+        (batch,) = cut_sequences(sequences, each, 4096)
+        values = token_logprobs(model, batch, each)
+        values.sum().backward()
+        results.append([values.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+    assert len(results[0]) == len(results[1]) > len(list(weight.parameters()))
+    for left, right in zip(*results, strict=True):
+        assert float((left - right).abs().max()) <= 1e-5 * max(1.0, float(right.abs().max()))
+
+
+def test_the_last_block_sees_predicting_tokens_alone(make_model) -> None:
+    model = make_model("llama")
+    layout, _ = verify_layout(model)
+    (batch,) = cut_sequences(make_sequences(), layout, 4096)
+    seen: list[int] = []
+    layers = model.model.layers
+    handles = [layer.mlp.act_fn.register_forward_hook(lambda m, i, output: seen.append(output.shape[:-1].numel()))
+               for layer in layers]  # fmt: skip
+    with torch.no_grad():
+        token_logprobs(model, batch, layout)
+    for handle in handles:
+        handle.remove()
+    # Thirty of context, two a question of which each predicts: the last token is never an input.
+    assert seen == [42] * (len(layers) - 1) + [12]
+
+
+def test_it_stands_back_where_layers_are_computed_again(make_model) -> None:
+    model = make_model("llama")
+    layout, _ = verify_layout(model)
+    (batch,) = cut_sequences(make_sequences(), layout, 4096)
+    expected = token_logprobs(model.requires_grad_(True), batch, layout)
+    expected.sum().backward()
+    gradient = model.model.layers[-1].mlp.up_proj.weight.grad.clone()
+    model.zero_grad(set_to_none=True)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    found = token_logprobs(model, batch, layout)
+    found.sum().backward()
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert torch.allclose(model.model.layers[-1].mlp.up_proj.weight.grad, gradient, atol=1e-5)
+
+
+def test_pieces_answer_only_who_asks() -> None:
+    bodies = [tuple(range(300)) + (1000 + branch,) * 40 for branch in range(3)]
+    forest = build_forest([Sequence(body, (False,) * 339 + (True,)) for body in bodies])
+    asking = np.zeros(len(forest), dtype=bool)
+    asking[forest.source] = True
+    pieces = list(cut_row(0, forest.position, forest.subtree_end, None, asking))
+    asked = torch.cat([piece.queries for piece in pieces]).tolist()
+    assert asked == sorted(set(forest.source.tolist()))
+    for piece in pieces:
+        keys = torch.arange(len(forest))[piece.keys]
+        for row, query in enumerate(piece.queries.tolist()):
+            seen = set(keys[piece.mask[row] == 0].tolist())
+            assert seen == {k for k in range(len(forest)) if k <= query < forest.subtree_end[k]}
