@@ -73,7 +73,9 @@ class DataSettings(Section):
         "`train` and `validation` are then read from the training files.",
     )
     limit: Positive | None = Field(None, description="Use only this many training rows, drawn with the run's seed.")
-    validation_limit: Positive | None = Field(None, description="Use only this many validation rows.")
+    validation_limit: Positive | None = Field(
+        None, description="Use only this many validation rows; none: with `limit`, held-out rows shrink alike."
+    )
     format: Literal["auto", "alpaca", "prompt-completion", "chat", "squad", "table", "datasets"] = Field(
         "auto", description="What the files hold; `auto` looks at their content."
     )

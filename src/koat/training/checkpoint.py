@@ -32,6 +32,13 @@ class TrainingState:
     best: dict[str, Tensor] = field(default_factory=dict, repr=False)
     """The adapter with the lowest validation loss so far."""
 
+    def count_step(self, tokens: int, unique_tokens: int, seconds: float) -> None:
+        """Count one more step, and what it took."""
+        self.step += 1
+        self.tokens += tokens
+        self.unique_tokens += unique_tokens
+        self.seconds += seconds
+
 
 def save_checkpoint(
     folder: Path, model: PeftModel, optimizer: torch.optim.Optimizer, state: TrainingState, keep: int

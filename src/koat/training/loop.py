@@ -134,36 +134,22 @@ def train(
     With `checkpoints` the state is saved there as the settings say; with `resume_from` training goes on from
     a checkpoint as if it had never stopped. Raises TrainingError when the loss is no longer a number.
     """
-    plan = plan_steps(
-        sequences, settings.sampler, settings.batch_size, settings.epochs, settings.max_steps, settings.seed
-    )
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = build_optimizer(parameters, settings)
+    plan = plan_training(sequences, settings)
+    optimizer = build_optimizer([p for p in model.parameters() if p.requires_grad], settings)
     torch.manual_seed(settings.seed)
     state = load_checkpoint(resume_from, model, optimizer) if resume_from else TrainingState()
-    guard, fence, steps = LossGuard(), Fence(plan, settings, checkpoints, validate, accelerator), list[list[int]]()
+    guard, fence, loss = LossGuard(), Fence(plan, settings, checkpoints, validate, accelerator), None
     model.train()
-    last_loss = None
-    while state.step < plan.num_steps:
-        began = time.monotonic()
-        epoch, place = divmod(state.step, plan.steps_per_epoch)
-        if not steps or place == 0:
-            steps = plan.order_epoch(epoch)
-
-        examples = [sequences[index] for index in steps[place]]
-        rate = schedule_rate(settings, state.step, plan.num_steps)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+    for indices in plan.walk_steps(state.step):
+        began, step, examples = time.monotonic(), state.step, [sequences[index] for index in indices]
         loss, unique_tokens = accumulate_gradients(model, examples, layout, settings, accelerator)
-        norm = clip_gradients(parameters, settings.max_grad_norm)
-        remark = guard.judge(state.step + 1, loss, norm, starts_epoch=epoch > 0 and place == 0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        norm = clip_gradients(optimizer, settings.max_grad_norm)
+        remark = guard.judge(step + 1, loss, norm, starts_epoch=plan.begins_epoch(step))
+        rate = schedule_rate(settings, step, plan.num_steps)
+        update_parameters(optimizer, rate)
 
         num_tokens = sum(len(sequence) for sequence in examples)
-        state.step, last_loss = state.step + 1, loss
-        state.tokens, state.unique_tokens = state.tokens + num_tokens, state.unique_tokens + unique_tokens
-        state.seconds += time.monotonic() - began
+        state.count_step(num_tokens, unique_tokens, time.monotonic() - began)
         validation_loss = fence.validate_step(model, state)
         on_step(
             StepRecord(
@@ -173,11 +159,27 @@ def train(
         )  # fmt: skip
         # Recorded first: a step that a checkpoint holds is in the metrics, wherever the process is killed.
         fence.save_step(model, optimizer, state)
-    return TrainingResult(state, last_loss, keep_adapter(model, state, settings.keep))
+    return TrainingResult(state, loss, keep_adapter(model, state, settings.keep))
 
 
-def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> float:
+def plan_training(sequences: ListLike[Sequence], settings: TrainingSettings) -> StepPlan:
+    """Plan the steps that the settings ask for."""
+    return plan_steps(
+        sequences, settings.sampler, settings.batch_size, settings.epochs, settings.max_steps, settings.seed
+    )
+
+
+def update_parameters(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Step at a learning rate, and drop the gradients."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def clip_gradients(optimizer: torch.optim.Optimizer, max_norm: float) -> float:
     """Clip gradients to `max_norm` (0: leave them) and return their norm before."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     return float(torch.nn.utils.clip_grad_norm_(parameters, max_norm if max_norm > 0 else math.inf))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections import deque
+from collections.abc import Iterator
 from collections.abc import Sequence as ListLike
 from dataclasses import dataclass
 from typing import Literal
@@ -17,7 +18,7 @@ LOOKAHEAD = 64
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """The examples of every step of a run: `take(step)` returns indices into the training sequences."""
+    """The examples of every step of a run, as indices into the training sequences."""
 
     sequences: ListLike[Sequence]
     kind: Literal["shuffled", "grouped"]
@@ -40,6 +41,18 @@ class StepPlan:
         groups = group_examples(self.sequences)
         rng.shuffle(groups)
         return fill_steps(groups, self.batch_size)
+
+    def walk_steps(self, start: int) -> Iterator[list[int]]:
+        """Yield the examples of each step from step `start` (counted from 0) to the last."""
+        for step in range(start, self.num_steps):
+            epoch, place = divmod(step, self.steps_per_epoch)
+            if step == start or place == 0:
+                order = self.order_epoch(epoch)
+            yield order[place]
+
+    def begins_epoch(self, step: int) -> bool:
+        """Whether a step is the first of a later pass over the data, where losses drop by nature."""
+        return step >= self.steps_per_epoch and step % self.steps_per_epoch == 0
 
 
 def plan_steps(

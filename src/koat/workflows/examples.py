@@ -5,14 +5,14 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence as ListLike
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from koat.core.errors import DataError
 from koat.core.sequence import Sequence
 from koat.core.settings import DataSettings
 from koat.data.encode import EncodeReport, encode_records
 from koat.data.prompts import PromptTemplate, resolve_template
-from koat.data.readers import read_records
+from koat.data.readers import RecordFile, read_records
 from koat.data.records import Record
 from koat.data.splits import split_by_title
 
@@ -65,21 +65,18 @@ def divide_records(settings: DataSettings, seed: int, remarks: list[str]) -> tup
     else:
         train, validation = hold_out(everything, settings.validation_fraction, seed)
     rng = random.Random(seed)
-    return draw(train, settings.limit, rng), draw(validation, settings.validation_limit, rng)
+    validation_limit = settings.validation_limit
+    if settings.limit and validation_limit is None and not settings.validation and settings.splits is None:
+        # What is held out shrinks with what is trained on: a hundred rows are not validated on thirty thousand.
+        validation_limit = max(1, round(len(validation) * settings.limit / max(1, len(train))))
+    return draw(train, settings.limit, rng), draw(validation, validation_limit, rng)
 
 
 def read_all(settings: DataSettings, paths: list[str], remarks: list[str]) -> list[Record]:
     """Read the records of several files, folders or Hub ids."""
     records = []
     for path in paths:
-        found = read_records(
-            path,
-            format=settings.format,
-            columns=settings.columns,
-            values=settings.values,
-            clean=settings.clean,
-            on_bad_row=settings.on_bad_row,
-        )
+        found = read_file(settings, path, settings.on_bad_row)
         records += found.records
         for what, lines in (
             ("broken rows skipped", found.bad_rows),
@@ -88,6 +85,18 @@ def read_all(settings: DataSettings, paths: list[str], remarks: list[str]) -> li
             if lines:
                 remarks.append(f"{path}: {len(lines)} {what}, the first: {lines[0]}")
     return records
+
+
+def read_file(settings: DataSettings, path: str, on_bad_row: Literal["error", "skip"]) -> RecordFile:
+    """Read one file, folder or Hub id as the settings describe it."""
+    return read_records(
+        path,
+        format=settings.format,
+        columns=settings.columns,
+        values=settings.values,
+        clean=settings.clean,
+        on_bad_row=on_bad_row,
+    )
 
 
 def hold_out(records: list[Record], fraction: float, seed: int) -> tuple[list[Record], list[Record]]:

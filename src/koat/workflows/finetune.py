@@ -14,38 +14,21 @@ from accelerate.state import AcceleratorState
 from peft import PeftModel
 from torch import nn
 
-from koat.adapters.attach import attach_adapter, count_trainable, save_adapter
+from koat.adapters.attach import save_adapter
 from koat.adapters.methods import check_combination
-from koat.adapters.remarks import describe_remarks
-from koat.adapters.start import start_from
 from koat.core.atomic import atomic_folder, write_json
-from koat.core.config import Resolved, to_mapping
+from koat.core.config import Resolved
 from koat.core.errors import ConfigError, RunFolderError
 from koat.core.json_lines import append_line, truncate_lines
 from koat.core.run_folder import RunFolder
 from koat.core.settings import ModelSettings, TrainingSettings
 from koat.data.prompts import PromptTemplate
-from koat.forest.score import Layout
-from koat.forest.verify import Verification, make_padded, verify_layout
-from koat.model import (
-    count_parameters,
-    find_context_length,
-    fingerprint_base,
-    load_config,
-    load_model,
-    load_tokenizer,
-    pick_device,
-    settle_dtype,
-)
-from koat.quantise.check import check_quantised_layers
+from koat.model import pick_device, settle_dtype
 from koat.training.loop import StepRecord, TrainingResult, measure_loss, train
 from koat.training.optimizer import check_optimizer
 from koat.workflows.config import RunConfig
-from koat.workflows.examples import Examples, load_examples
-from koat.workflows.manifest import describe_hardware, describe_versions, fingerprint_data
 from koat.workflows.measure import Cost
-
-Say = Callable[[str], None]
+from koat.workflows.prepare import Prepared, Say, prepare_run, settle_paths
 
 
 def finetune_run(
@@ -70,37 +53,18 @@ def finetune_run(
     main = accelerator.is_main_process
     say = say if main else lambda text: None
     run = claim_run(config, out, resume, overwrite) if main else RunFolder(out)
-    tokenizer, base_config = load_tokenizer(config.model), load_config(config.model)
-    examples = load_examples(config.data, tokenizer, find_context_length(base_config), config.training.seed)
-    for remark in [*describe_remarks(config.adapter, base_config), *examples.remarks]:
-        say(f"! {remark}")
-    for part, report in examples.reports.items():
-        for line in report.lines():
-            say(f"{part}: {line}")
-
-    base = load_model(model_settings)
-    num_base, quantised = count_parameters(base), check_quantised_layers(base)
-    model = attach_method(base, config)
-    layout, verification = choose_layout(model, config.model)
-    say(describe_layout(verification))
-    say(
-        f"{config.adapter.method}: {count_trainable(model):,} of {num_base:,} parameters are trained "
-        f"({count_trainable(model) / num_base:.3%})"
-    )
-    if config.training.activation_checkpointing:
-        enable_checkpointing(model)
+    prepared = prepare_run(config, model_settings, say)
     began = time.time()
-    manifest = describe_run(config, model, base_config, verification, examples)
-    manifest["quantisation"] = quantised.to_mapping() if quantised else None
     if main:
-        begin_run(run, config, manifest, resume, overwrite)
+        begin_run(run, config, prepared.manifest, resume, overwrite)
     accelerator.wait_for_everyone()
 
     with Cost(accelerator.device) as cost:
-        result = train_in_folder(run, model, examples, layout, config.training, accelerator, resume, on_step)
+        result = train_in_folder(run, prepared, config.training, accelerator, resume, on_step)
     if main:
-        save_result(run, model, tokenizer, examples.templates[0])
-        run.write_manifest({**manifest, **describe_result(result, cost), "started": began, "finished": True})
+        save_result(run, prepared.model, prepared.tokenizer, prepared.examples.templates[0])
+        ending = {**describe_result(result, cost), "started": began, "finished": True}
+        run.write_manifest({**prepared.manifest, **ending})
     accelerator.wait_for_everyone()
     return run
 
@@ -146,14 +110,6 @@ def begin_run(run: RunFolder, config: RunConfig, manifest: dict[str, Any], resum
     run.write_manifest(manifest)
 
 
-def settle_paths(config: RunConfig) -> dict[str, Any]:
-    """Return the settings with a local base by its whole path, so that the run is found from anywhere."""
-    values = to_mapping(config)
-    if Path(config.model.base).is_dir():
-        values["model"]["base"] = str(Path(config.model.base).resolve())
-    return values
-
-
 def make_accelerator(model: ModelSettings, training: TrainingSettings) -> Accelerator:
     """Return the Accelerator; autocast only where float32 weights are trained in bfloat16."""
     if not torch.distributed.is_initialized():
@@ -163,82 +119,16 @@ def make_accelerator(model: ModelSettings, training: TrainingSettings) -> Accele
     return Accelerator(cpu=pick_device(model.device).type == "cpu", mixed_precision=mixed)
 
 
-def attach_method(base: nn.Module, config: RunConfig) -> PeftModel:
-    """Attach a fresh adapter, or the one that the run goes on from."""
-    model = attach_adapter(base, config.adapter, config.training.seed)
-    start: str | None = getattr(config.adapter, "start", None)
-    if start:
-        start_from(model, Path(start))
-    return model
-
-
-def choose_layout(model: nn.Module, settings: ModelSettings) -> tuple[Layout, Verification]:
-    """Verify the model and return the layout to use; `padded` is taken at its word."""
-    layout, verification = verify_layout(model, settings.attention)
-    if settings.layout == "padded" and layout.shares:
-        from dataclasses import replace
-
-        padded = make_padded(model.config, verification.split_head)
-        return padded, replace(verification, shares=False, reason="model.layout=padded")
-    if settings.layout == "forest" and not layout.shares:
-        raise ConfigError(
-            f"model.layout=forest was asked for, but prefixes cannot be shared exactly here: {verification.reason}. "
-            "Use model.layout=auto."
-        )
-    return layout, verification
-
-
-def describe_layout(verification: Verification) -> str:
-    """Say in a sentence how sequences go through the model."""
-    if verification.shares:
-        return (
-            f"forest verified: log-probabilities differ from single sequences by {verification.difference:.1g} "
-            f"(padding alone: {verification.noise:.1g}); every shared prefix is computed once"
-        )
-    return f"prefixes are not shared ({verification.reason}); running padded batches of similar length"
-
-
-def enable_checkpointing(model: PeftModel) -> None:
-    """Recompute each layer in the backward pass."""
-    model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-
-
-def describe_run(
-    config: RunConfig, model: PeftModel, base_config: Any, verification: Verification, examples: Examples
-) -> dict[str, Any]:
-    """Return the manifest of a run that begins."""
-    return {
-        "finished": False,
-        "method": config.adapter.method,
-        "trainable_parameters": count_trainable(model),
-        "total_parameters": count_parameters(model.get_base_model()) - sum(
-            p.numel() for p in model.get_base_model().parameters() if p.requires_grad
-        ),
-        "base": {
-            "name": settle_paths(config)["model"]["base"],
-            "fingerprint": fingerprint_base(config.model, base_config),
-        },
-        "seed": config.training.seed,
-        "templates": [template.to_mapping() for template in examples.templates],
-        "examples": {"train": len(examples.train), "validation": len(examples.validation)},
-        "data": fingerprint_data([*config.data.train, *config.data.validation]),
-        "forest": verification.to_mapping(),
-        "versions": describe_versions(),
-        "hardware": describe_hardware(next(model.parameters()).device),
-    }  # fmt: skip
-
-
 def train_in_folder(
     run: RunFolder,
-    model: PeftModel,
-    examples: Examples,
-    layout: Layout,
+    prepared: Prepared,
     settings: TrainingSettings,
     accelerator: Accelerator,
     resume: bool,
     on_step: Callable[[StepRecord], None],
 ) -> TrainingResult:
     """Train with metrics and checkpoints in the run folder."""
+    examples, layout = prepared.examples, prepared.layout
     latest = run.latest_checkpoint() if resume else None
     kept = int(latest.name.removeprefix("step-")) if latest else 0
     if resume and accelerator.is_main_process:
@@ -253,7 +143,7 @@ def train_in_folder(
         return measure_loss(model, examples.validation, layout, settings.tokens_per_microbatch, accelerator)
 
     return train(
-        model,
+        prepared.model,
         examples.train,
         layout,
         settings,

@@ -9,8 +9,9 @@ from koat.core.settings import DataSettings, ModelSettings
 from koat.data.encode import EncodeReport, encode_records
 from koat.data.lengths import LengthSummary, summarise_lengths
 from koat.data.prompts import resolve_template
-from koat.data.readers import RecordFile, read_records
+from koat.data.readers import RecordFile
 from koat.model import load_tokenizer
+from koat.workflows.examples import read_file
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,14 +32,7 @@ def inspect_files(paths: ListLike[str], settings: DataSettings, model: ModelSett
     templates = resolve_template(settings.template)
     found = []
     for path in paths:
-        file = read_records(
-            path,
-            format=settings.format,
-            columns=settings.columns,
-            values=settings.values,
-            clean=settings.clean,
-            on_bad_row="skip",
-        )
+        file = read_file(settings, path, "skip")
         encoded = encode_records(
             file.records, templates, tokenizer, loss_on=settings.loss_on, max_length=None, overflow="error"
         )
