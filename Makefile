@@ -5,13 +5,16 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 BENCH_STAMP := $(VENV)/.installed-bench
 
+# Two workers with a thread each: threads of two workers on two cores wait for one another.
+ONE_THREAD := OMP_NUM_THREADS=1
+
 .PHONY: demo test check check-style soak bench clean
 
 demo: $(STAMP)
 	$(BIN)/koat demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(ONE_THREAD) $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 check: test check-style
 
@@ -21,7 +24,7 @@ check-style: $(STAMP)
 	$(BIN)/mypy
 
 soak: $(STAMP)
-	$(BIN)/python -m pytest -q -m soak --timeout 3600
+	$(ONE_THREAD) $(BIN)/python -m pytest -q -m soak -n 2 --dist loadfile --timeout 3600
 
 bench: $(BENCH_STAMP)
 	$(BIN)/python -m benchmarks.run_all
