@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import ia3, score_choices, train_context_qa, train_instructions
+from benchmarks import ia3, memory, score_choices, train_context_qa, train_instructions
 from benchmarks.command import keep_quiet, parse_options, print_findings, run_guarded
 from benchmarks.machine import describe_machine, measure_matrix_rate
 from benchmarks.measure import FACTORS, Findings, Result, Table
@@ -22,6 +22,7 @@ BENCHMARKS = {
     "Training, instructions": train_instructions,
     "Scoring choices": score_choices,
     "Lean IA3": ia3,
+    "Planned memory": memory,
 }
 HEADER = (
     "model", "precision", "what", "peer", "koat tok/s", "peer tok/s", "ratio", "target",

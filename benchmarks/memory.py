@@ -1,0 +1,244 @@
+"""What `koat plan` says of memory, beside what a training step takes: methods, families, lengths, checkpointing.
+
+Planned from the configuration alone, on shapes. Measured on the model itself: the bytes that autograd keeps
+(saved-tensor hooks), and the most bytes alive during a step, with weights, adapter, gradients and optimizer as they
+lie in memory. A run over long contexts adds the growth of the process.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import platform
+from collections.abc import Sequence as ListLike
+from dataclasses import dataclass, replace
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+
+from benchmarks.command import main
+from benchmarks.compare_training import make_accelerator
+from benchmarks.kept import count_kept_bytes
+from benchmarks.measure import Findings, Result, Table
+from benchmarks.workload import Absent, Options, build_base, open_tokenizer, read_context_qa
+from koat.adapters.attach import attach_adapter
+from koat.adapters.methods import METHODS
+from koat.core.sequence import Sequence
+from koat.core.settings import ModelSettings, TrainingSettings
+from koat.forest.pack import collate_rows
+from koat.forest.score import Layout, run_rows, token_logprobs
+from koat.forest.verify import verify_layout
+from koat.model import load_model
+from koat.training.loop import train
+from koat.training.optimizer import build_optimizer
+from koat.workflows.measure import Cost
+from koat.workflows.memory import Footprint, measure_base, measure_footprint
+from koat.workflows.simulate import LiveBytes, set_checkpointing
+
+MARK = 0.10
+"""How far a plan may be from what is measured."""
+NUM_CONTEXTS = 48
+QUICK = {"vocab_size": 512, "num_hidden_layers": 4}
+"""Quick models get a small head: it would be all there is."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One step: a method on a family, rows of some tokens, with or without checkpointing."""
+
+    method: str
+    family: str
+    num_rows: int
+    length: int
+    checkpointing: bool = False
+    precision: str = "float32"
+    optimizer: str = "adamw"
+
+    def __str__(self) -> str:
+        more = ", checkpointing" if self.checkpointing else ""
+        return f"{self.method} {self.family} {self.precision} {self.num_rows} x {self.length}{more}"
+
+
+CASES = (
+    Case("ia3", "llama", 1, 512),
+    Case("ia3", "llama", 4, 256, checkpointing=True),
+    Case("ia3", "gpt_neox", 2, 384),
+    Case("ia3", "gpt_neox", 2, 384, precision="bfloat16"),
+    Case("ia3", "qwen3", 1, 768, precision="bfloat16"),
+    Case("lora", "llama", 2, 384),
+    Case("lora", "llama", 1, 1024, checkpointing=True),
+    Case("lora", "llama", 2, 384, precision="bfloat16"),
+    Case("lora", "gpt_neox", 1, 1024),
+    Case("lora", "gpt_neox", 2, 512, checkpointing=True, precision="bfloat16"),
+    Case("lora", "bloom", 2, 256),
+    Case("lora", "mixtral", 2, 256),
+    Case("prompt", "llama", 2, 384),
+    Case("prompt", "gpt_neox", 1, 512, checkpointing=True),
+    Case("p_tuning", "qwen3", 2, 256),
+    Case("prefix", "llama", 2, 256),
+    Case("prefix", "gpt_neox", 1, 512),
+)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Bytes that one step took."""
+
+    kept: int
+    peak: int
+    kernel: str
+
+
+def build(case: Case, options: Options) -> Any:
+    """Build a case's frozen base with random weights."""
+    return build_base(case.family, options, case.precision, **(QUICK if options.quick else {}))
+
+
+def settle(case: Case) -> TrainingSettings:
+    """Return a case's training settings."""
+    return TrainingSettings(activation_checkpointing=case.checkpointing, optimizer=case.optimizer)  # type: ignore[arg-type]
+
+
+def plan_case(case: Case, config: Any, options: Options) -> Footprint:
+    """Plan a case as `koat plan` does, from the configuration of its base."""
+    settings = ModelSettings(base="random", dtype=case.precision, device=str(options.device))  # type: ignore[arg-type]
+    training = settle(case)
+    return measure_footprint(measure_base(settings, training, config), METHODS[case.method].settings(), training)
+
+
+def draw_rows(num_rows: int, length: int, vocabulary: int, seed: int) -> list[Sequence]:
+    """Return sequences of one token more than `length`: the last one predicts nothing and is left out of a row."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(2, vocabulary, (num_rows, length + 1), generator=generator)
+    return [Sequence(tuple(row), (False,) + (True,) * length) for row in drawn.tolist()]
+
+
+def count_bytes(tensors: ListLike[Tensor]) -> int:
+    """Return the bytes of the distinct storages of some tensors."""
+    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def list_moments(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """Return the tensors in an optimizer's state."""
+    return [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+
+
+def measure_case(case: Case, options: Options) -> tuple[Measured, Any]:
+    """Run a case's step, twice, the second time with gradients and moments in place, and count its bytes."""
+    base = build(case, options)
+    config = base.config
+    model = attach_adapter(base, METHODS[case.method].settings())
+    layout: Layout
+    layout, verification = verify_layout(model)
+    set_checkpointing(model, case.checkpointing)
+    model.train()
+    rows = draw_rows(case.num_rows, case.length, config.vocab_size, options.seed)
+    batch = collate_rows(rows, [[number] for number in range(len(rows))]).to(options.device)
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = build_optimizer(trained, settle(case))
+    (-token_logprobs(model, batch, layout).sum()).backward()
+    optimizer.step()
+    fixed = [*model.parameters(), *(weight.grad for weight in trained), *list_moments(optimizer)]
+    own = [*fixed, *model.buffers()]
+    with LiveBytes(own) as live:
+        loss = -token_logprobs(model, batch, layout).sum()
+        loss.backward()
+    del loss
+    if case.checkpointing:
+        with LiveBytes(own) as alive:
+            hidden = run_rows(model, batch, layout)
+            kept = alive.live
+        del hidden
+    else:
+        kept = count_kept_bytes(model, lambda: run_rows(model, batch, layout))
+    return Measured(kept, count_bytes(fixed) + live.peak, verification.kernel), config
+
+
+def judge(planned: float, measured: float) -> str:
+    """Return whether a plan is near enough."""
+    return "held" if abs(planned - measured) <= MARK * measured else "MISSED"
+
+
+def compare_cases(cases: ListLike[Case], options: Options) -> tuple[Table, bool]:
+    """Plan and measure each case; return the table and whether all are near enough."""
+    table = Table(
+        f"Planned and measured memory of a step, {options.size} models, MB",
+        ("case", "kernel", "kept, planned", "measured", "ratio", "peak, planned", "measured", "ratio", "mark"),
+        [],
+    )
+    for case in cases:
+        measured, config = measure_case(case, options)
+        footprint = plan_case(case, config, options)
+        kept = footprint.count_activations(case.num_rows, case.length)
+        peak = footprint.train_peak(case.num_rows, case.length)
+        verdicts = {judge(kept, measured.kept), judge(peak, measured.peak)}
+        row = (
+            str(case), measured.kernel,
+            f"{kept / 1e6:.2f}", f"{measured.kept / 1e6:.2f}", f"{kept / measured.kept:.3f}",
+            f"{peak / 1e6:.2f}", f"{measured.peak / 1e6:.2f}", f"{peak / measured.peak:.3f}",
+            "held" if verdicts == {"held"} else "MISSED",
+        )  # fmt: skip
+        table.rows.append(row)
+        print(" | ".join(row), flush=True)
+    return table, all(row[-1] == "held" for row in table.rows)
+
+
+def trim() -> None:
+    """Give freed memory back to the system, so that growth begins from what is in use."""
+    gc.collect()
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def train_contexts(options: Options, method: str, checkpointing: bool) -> tuple[str, ...]:
+    """Train the shipped model on the longest contexts there are; return the row of the table."""
+    settings = ModelSettings(base=options.base, dtype="float32", device=str(options.device))
+    sequences = read_context_qa(options, open_tokenizer(options), "train", 10**6)
+    sequences = sorted(sequences, key=len)[-options.scale(NUM_CONTEXTS, 4) :]
+    training = TrainingSettings(
+        batch_size=4, max_steps=max(1, len(sequences) // 4), activation_checkpointing=checkpointing,
+        tokens_per_microbatch=max(map(len, sequences)),
+    )  # fmt: skip
+    footprint = measure_footprint(measure_base(settings, training), METHODS[method].settings(), training)
+    planned = footprint.train_peak(1, training.tokens_per_microbatch)
+    trim()
+    before = psutil.Process().memory_info().rss
+    with Cost(options.device) as cost:
+        model = attach_adapter(load_model(settings), METHODS[method].settings())
+        layout, _ = verify_layout(model)
+        set_checkpointing(model, checkpointing)
+        result = train(model, sequences, layout, training, accelerator=make_accelerator(options))
+    grown = cost.peak_bytes - (before if options.device.type == "cpu" else 0)
+    return (
+        method, "yes" if checkpointing else "no", f"{training.tokens_per_microbatch:,}", f"{result.state.step}",
+        f"{result.last_loss:.3f}", f"{planned / 1e6:.0f}", f"{grown / 1e6:.0f}", f"{grown / planned:.2f}",
+    )  # fmt: skip
+
+
+def run(options: Options, rates: dict[str, float]) -> Findings:
+    """Compare all cases, then train on the longest contexts."""
+    sized = options if options.quick else replace(options, size="small")
+    cases = [case for case in CASES if case.precision in options.precisions]
+    table, held = compare_cases(cases, sized)
+    findings = Findings(tables=[table])
+    verdict = f"{len(table.rows)} steps within {MARK:.0%} of the plan" if held else "NOT EQUAL: a plan is too far off"
+    findings.results.append(
+        Result("memory", f"{sized.size} models", "both", "all", "measured", verdict, held, "one step each, see below")
+    )
+    header = ("method", "checkpointing", "longest, tokens", "steps", "loss", "planned, MB", "growth, MB", "of plan")
+    contexts = Table("Training the shipped model on the longest KorQuAD contexts", header, [])
+    try:
+        for method in ("ia3", "lora"):
+            for checkpointing in (False, True):
+                contexts.rows.append(train_contexts(options, method, checkpointing))
+                print(" | ".join(contexts.rows[-1]), flush=True)
+        findings.tables.append(contexts)
+    except Absent as reason:
+        findings.skipped.append(f"long contexts: {reason}")
+    return findings
+
+
+if __name__ == "__main__":
+    main(run, __doc__)
