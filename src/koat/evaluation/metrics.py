@@ -28,7 +28,7 @@ class Score:
         return asdict(self)
 
 
-def wilson_interval(num_right: int, num_items: int, confidence: float = 0.95) -> tuple[float, float]:
+def wilson_interval(num_right: float, num_items: int, confidence: float = 0.95) -> tuple[float, float]:
     """Return Wilson's score interval for a share: `num_right` out of `num_items`.
 
     Source: Wilson (1927), Probable inference, the law of succession, and statistical inference.

@@ -1,0 +1,205 @@
+"""Whether two scores differ: by item, by item over several seeds, or by counts alone; and Holm's correction.
+
+Differences are right minus left, as shares: 0.021 is 2.1 points.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import sqrt
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from koat.evaluation.metrics import wilson_interval
+from koat.evaluation.power import (
+    ALPHA,
+    Noise,
+    count_needed,
+    find_smallest,
+    noise_of_counts,
+    noise_of_means,
+    noise_of_pairs,
+)
+from koat.evaluation.spread import add_errors, count_freedom, split_variance
+
+NUM_SAMPLES = 10_000
+BLOCK = 2_000_000
+"""Draws of the bootstrap that are held at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """The difference between two scores with its 95 % interval and p-value, and what the items could have shown.
+
+    `smallest` is the smallest difference that these items would have shown with a power of 0.8 (None: no
+    difference could), `noise` what one item brings. `only_left` and `only_right` count the items that one of two
+    alone answered right (None where an answer is more than right or wrong, or items are not known).
+    """
+
+    value: float
+    low: float
+    high: float
+    p: float
+    test: str
+    paired: bool
+    num_items: int
+    smallest: float | None
+    noise: Noise = field(compare=False, repr=False)
+    only_left: int | None = None
+    only_right: int | None = None
+
+    def count_needed(self, num_comparisons: int = 1) -> int | None:
+        """Return how many items would show this difference, as one of so many comparisons; None if it is zero."""
+        return count_needed(self.value, self.noise, alpha=ALPHA / num_comparisons)
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Return a JSON-safe mapping."""
+        names = ("value", "low", "high", "p", "test", "paired", "num_items", "smallest", "only_left", "only_right")
+        return {name: getattr(self, name) for name in names} | {"needed": self.count_needed()}
+
+
+def compare_answers(left: ArrayLike, right: ArrayLike) -> Difference:
+    """Compare two accuracies `[N]` (right or wrong) on the same items: exact McNemar test, Newcombe's interval.
+
+    Sources: McNemar (1947), Note on the sampling error of the difference between correlated proportions;
+    Newcombe (1998), Improved confidence intervals for the difference between binomial proportions based on
+    paired data, method 10.
+    """
+    from scipy.stats import binomtest
+
+    a, b = np.asarray(left, dtype=bool), np.asarray(right, dtype=bool)
+    _check_pairs(len(a), len(b))
+    both, only_left, only_right = int((a & b).sum()), int((a & ~b).sum()), int((b & ~a).sum())
+    discordant = only_left + only_right
+    p = float(binomtest(only_left, discordant).pvalue) if discordant else 1.0
+    low, high = newcombe_paired(both, only_left, only_right, len(a))
+    noise = noise_of_pairs(discordant / len(a))
+    return Difference(
+        (only_right - only_left) / len(a), low, high, p, "exact McNemar", True, len(a),
+        find_smallest(len(a), noise), noise, only_left, only_right,
+    )  # fmt: skip
+
+
+def newcombe_paired(both: int, only_left: int, only_right: int, num_items: int) -> tuple[float, float]:
+    """Return Newcombe's 95 % interval (1998, method 10) of right minus left, from a table of pairs."""
+    neither = num_items - both - only_left - only_right
+    margins = (both + only_left) * (only_right + neither) * (both + only_right) * (only_left + neither)
+    product = float(both * neither - only_left * only_right)
+    if product > 0:
+        product = max(0.0, product - num_items / 2)  # the method's correction for continuity
+    return _square_and_add(
+        (both + only_left, num_items), (both + only_right, num_items), product / sqrt(margins) if margins else 0.0
+    )
+
+
+def _square_and_add(left: tuple[float, int], right: tuple[float, int], phi: float) -> tuple[float, float]:
+    """Join two Wilson intervals of shares that correlate by `phi` into one of right minus left."""
+    shares = [num_right / num_items for num_right, num_items in (left, right)]
+    (low_l, high_l), (low_r, high_r) = wilson_interval(*left), wilson_interval(*right)
+    down, up = (shares[1] - low_r, high_l - shares[0]), (high_r - shares[1], shares[0] - low_l)
+    value = shares[1] - shares[0]
+    below, above = (sqrt(max(0.0, x * x + y * y - 2 * phi * x * y)) for x, y in (down, up))
+    return max(-1.0, value - below), min(1.0, value + above)
+
+
+def compare_values(left: ArrayLike, right: ArrayLike, *, num_samples: int = NUM_SAMPLES, seed: int = 0) -> Difference:
+    """Compare two means of values `[N]` on the same items: paired bootstrap with its percentile interval.
+
+    The p-value is the share of draws, moved to a mean of zero, that lie as far out as the difference. The same
+    values and seed give the same numbers. Source: Efron and Tibshirani (1993), An introduction to the bootstrap,
+    sections 13.3 and 16.4.
+    """
+    ours, theirs = np.asarray(left, dtype=float), np.asarray(right, dtype=float)
+    _check_pairs(len(ours), len(theirs))
+    differences = theirs - ours
+    value, num_items = float(differences.mean()), len(differences)
+    means = draw_means(differences, num_samples, np.random.default_rng(seed))
+    low, high = (float(bound) for bound in np.percentile(means, (2.5, 97.5)))
+    # Sums in another order differ in their last digits; equal means must count as equal.
+    num_beyond = int((np.abs(means - value) >= abs(value) - 1e-12).sum())
+    noise = noise_of_means(float(differences.std(ddof=1)) if num_items > 1 else 0.0)
+    return Difference(
+        value, low, high, (1 + num_beyond) / (1 + num_samples), "paired bootstrap", True, num_items,
+        find_smallest(num_items, noise), noise,
+    )  # fmt: skip
+
+
+def draw_means(values: np.ndarray, num_samples: int, generator: np.random.Generator) -> np.ndarray:
+    """Return the means `[num_samples]` of values `[N]` drawn anew with replacement."""
+    step = max(1, BLOCK // len(values))
+    blocks = []
+    for start in range(0, num_samples, step):
+        drawn = generator.integers(0, len(values), (min(step, num_samples - start), len(values)))
+        blocks.append(values[drawn].mean(1))
+    return np.concatenate(blocks)
+
+
+def compare_seeds(left: np.ndarray, right: np.ndarray) -> Difference:
+    """Compare two methods `[S, N]` (seeds, which may differ in number, and the same items, at least 2): t test.
+
+    The error adds what items do to the mean difference per item and what seeds do to each method, with
+    Satterthwaite's degrees of freedom. Of a method with one seed, what another seed would do is not in it.
+    """
+    from scipy.stats import t
+
+    _check_pairs(left.shape[1], right.shape[1])
+    differences = right.mean(0) - left.mean(0)
+    value, num_items = float(differences.mean()), len(differences)
+    items = float(differences.var(ddof=1))
+    several = [side for side in (left, right) if len(side) > 1]
+    # What chance does to a seed on an item is in the variance over items and in that over seeds: counted once.
+    twice = sum(split_variance(side).rest / len(side) for side in several)
+    terms = [(max(0.0, items - twice) / num_items, num_items - 1)]
+    terms += [(float(side.mean(1).var(ddof=1)) / len(side), len(side) - 1) for side in several]
+    error, reach = add_errors(terms)
+    p = float(2 * t.sf(abs(value) / error, count_freedom(terms))) if error else float(value == 0)
+    noise = noise_of_means(sqrt(items))
+    return Difference(
+        value, max(-1.0, value - reach), min(1.0, value + reach), p, "t test over seeds and items", True, num_items,
+        find_smallest(num_items, noise), noise,
+    )  # fmt: skip
+
+
+def compare_counts(left: float, num_left: int, right: float, num_right: int) -> Difference:
+    """Compare two accuracies of which only counts are known: unpaired, whatever the items were.
+
+    Pearson's chi-square without correction; Fisher's exact test where an expected count is below five. Interval:
+    Newcombe (1998), Interval estimation for the difference between independent proportions, method 10. Counts may
+    be fractions (a mean of values between 0 and 1 varies at most as a share does).
+    """
+    from scipy.stats import chi2_contingency, fisher_exact
+
+    table = np.array([[left, num_left - left], [right, num_right - right]])
+    expected = np.outer(table.sum(1), table.sum(0)) / table.sum()
+    if expected.min() < 5:
+        test, p = "Fisher's exact test, unpaired", float(fisher_exact(np.rint(table).astype(int)).pvalue)
+    else:
+        test, p = "chi-square, unpaired", float(chi2_contingency(table, correction=False).pvalue)
+    low, high = _square_and_add((left, num_left), (right, num_right), 0.0)
+    share = left / num_left
+    # Towards one half differences are hardest to see: the smaller of a share and its complement has room there.
+    smallest = find_smallest(2 / (1 / num_left + 1 / num_right), noise_of_counts(min(share, 1 - share)))
+    return Difference(
+        right / num_right - share, low, high, p, test, False, min(num_left, num_right), smallest,
+        noise_of_counts(share),
+    )  # fmt: skip
+
+
+def correct_holm(p_values: Sequence[float]) -> list[float]:
+    """Return p-values corrected for their number, in their order.
+
+    Source: Holm (1979), A simple sequentially rejective multiple test procedure.
+    """
+    corrected, highest = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        corrected[index] = highest
+    return corrected
+
+
+def _check_pairs(num_left: int, num_right: int) -> None:
+    if num_left != num_right or not num_left:
+        raise ValueError(f"{num_left} values cannot be paired with {num_right}")

@@ -1,0 +1,81 @@
+"""Sentences about comparisons: the words, the figures, and both languages."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from koat.report.sentences import (
+    TESTS_KO,
+    format_p,
+    format_points,
+    round_up,
+    say_comparison,
+    say_conditions,
+    say_needed,
+    say_refusal,
+    say_smallest,
+)
+
+FOUND: dict[str, Any] = {
+    "task": "reviews", "scoring": "likelihood", "left": "A", "right": "B", "better": "B", "unsure": None,
+    "value": 0.042, "low": 0.0213, "high": 0.0641, "p": 0.001, "p_holm": 0.003, "test": "exact McNemar",
+    "paired": True, "num_items": 500, "smallest": 0.031, "needed": 410, "needed_corrected": 600,
+    "conditions": {"template": "none against koalpaca: another template around the prompt"},
+}  # fmt: skip
+
+
+def test_the_better_one_comes_first() -> None:
+    sentence = "B is better than A by 2.1 to 6.4 points (95 %, exact McNemar, Holm p = 0.003)."
+    assert say_comparison(FOUND, 3) == sentence
+    turned = {**FOUND, "left": "B", "right": "A", "value": -0.042, "low": -0.0641, "high": -0.0213}
+    assert say_comparison(turned, 3) == sentence
+    assert say_comparison({**FOUND, "p_holm": 0.001}, 1).endswith("(95 %, exact McNemar, p = 0.001).")
+
+
+def test_what_cannot_be_told_apart_says_what_would() -> None:
+    found = {**FOUND, "better": None, "low": -0.011, "high": 0.035, "p_holm": 0.31, "needed": 3861}
+    assert say_comparison(found, 2) == (
+        "A and B cannot be told apart with 500 items (-1.1 to 3.5 points, 95 %, exact McNemar, Holm p = 0.31): about "
+        "3,900 would be needed."
+    )
+    assert say_comparison({**found, "needed": None}, 2).endswith(": they score the same.")
+    assert say_comparison({**found, "needed": 2_000_000}, 2).endswith("more than a million would be needed.")
+
+
+def test_chance_among_many_is_said_to_be_possible() -> None:
+    found = {**FOUND, "better": None, "unsure": "B", "p": 0.018, "p_holm": 0.052}
+    assert say_comparison(found, 6) == (
+        "B looks better than A by 2.1 to 6.4 points (95 %, exact McNemar, p = 0.018), but as one of 6 comparisons that "
+        "may be chance (Holm p = 0.052): about 600 would be needed."
+    )
+
+
+@pytest.mark.parametrize("kind", [{}, {"better": None}, {"better": None, "unsure": "B"}])
+@pytest.mark.parametrize("test", list(TESTS_KO))
+def test_korean_says_the_same_figures(kind: dict[str, Any], test: str) -> None:
+    found = {**FOUND, **kind, "test": test}
+    sentence = say_comparison(found, 6, "ko")
+    assert "2.1~6.4점" in sentence and TESTS_KO[test] in sentence and "p = 0.003" in sentence
+    assert test not in sentence
+
+
+def test_figures() -> None:
+    assert [round_up(number) for number in (7, 99, 101, 1462, 3861, 12001)] == [7, 99, 110, 1500, 3900, 13000]
+    assert [format_p(p) for p in (0.0004, 0.0312, 0.5)] == ["p < 0.001", "p = 0.031", "p = 0.50"]
+    assert [format_points(share) for share in (0.0213, -0.011, 0.0004, 0.0)] == ["2.1", "-1.1", "0.04", "0.0"]
+    assert say_needed(400, 500) == ": more would be needed."
+
+
+def test_the_smallest_difference_and_the_conditions() -> None:
+    assert say_smallest(FOUND) == "500 items would have shown a difference of 3.1 points (power 0.8)."
+    assert "no difference at all" in say_smallest({**FOUND, "smallest": None})
+    assert "koalpaca" in say_conditions(FOUND)
+    assert say_conditions({**FOUND, "conditions": {}}) == ""
+
+
+@pytest.mark.parametrize("language", ["en", "ko"])
+def test_a_refusal_names_its_reason(language: Any) -> None:
+    refusal = {"task": "arc", "left": "A", "right": "B", "reasons": ["acc against acc_norm: another metric"]}
+    assert "acc against acc_norm: another metric" in say_refusal(refusal, language)
