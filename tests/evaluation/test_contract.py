@@ -102,7 +102,7 @@ def test_conditions_name_what_differs(
     layout = verify_layout(model)[0]
     plain = describe_conditions(model, layout, tokenizer)
     assert list(plain.parts) == ["tokenizer", "template", "truncation", "precision", "layout", "koat"]
-    assert (plain.parts["precision"], plain.parts["layout"]) == ("float32", "forest, sdpa")
+    assert (plain.parts["precision"], plain.parts["layout"]) == ("float32", "forest, walk")
     others = {
         "tokenizer": describe_conditions(model, layout, byte_tokenizer),
         "template": describe_conditions(model, layout, tokenizer, template="chat"),

@@ -1,0 +1,123 @@
+"""Let a model continue prompts until a text or the end, in left-padded batches of like length."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from koat.forest.score import Layout, set_kernel, unwrap
+
+LOOK_BEHIND = 2
+"""Tokens beyond a stop text's own that are decoded to find it: a model may write it in other pieces."""
+
+
+class StopAtTexts:
+    """A stopping criterion of transformers: a row is done when one of `texts` stands in what it has written last.
+
+    `lengths [B]` has how many tokens each row wrote until then, -1 for a row that goes on.
+    """
+
+    def __init__(self, tokenizer: Any, texts: Sequence[str], num_prompt_tokens: int, num_rows: int) -> None:
+        self.tokenizer, self.num_prompt_tokens = tokenizer, num_prompt_tokens
+        self.texts: dict[int, list[str]] = {}
+        for text in texts:
+            size = len(tokenizer(text, add_special_tokens=False)["input_ids"]) + LOOK_BEHIND
+            self.texts.setdefault(size, []).append(text)
+        self.lengths = [-1] * num_rows
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        """Return which rows are done `[B]`."""
+        written = input_ids[:, self.num_prompt_tokens :]
+        for size, texts in self.texts.items():
+            for row, last in enumerate(self.tokenizer.batch_decode(written[:, -size:])):
+                if self.lengths[row] < 0 and any(text in last for text in texts):
+                    self.lengths[row] = written.shape[1]
+        return torch.tensor([length >= 0 for length in self.lengths], device=input_ids.device)
+
+
+@torch.no_grad()
+def continue_prompts(
+    model: nn.Module,
+    layout: Layout,
+    tokenizer: Any,
+    prompts: Sequence[tuple[int, ...]],
+    *,
+    until: Sequence[str],
+    max_new_tokens: int,
+    options: Mapping[str, Any],
+    token_budget: int = 8192,
+    on_progress: Callable[[int], None] = lambda num_done: None,
+) -> list[tuple[int, ...]]:
+    """Return what the model writes behind each prompt: up to a text of `until` (in it), an end token, or the limit.
+
+    `options` go to transformers' `generate`. Greedy results depend neither on the budget nor on the order.
+    """
+    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+    found: dict[int, tuple[int, ...]] = {}
+    while len(found) < len(order):
+        longest = len(prompts[order[len(found)]]) + max_new_tokens
+        chosen = order[len(found) : len(found) + max(1, token_budget // longest)]
+        batch = [prompts[index] for index in chosen]
+        written = _continue_batch(model, layout, tokenizer, batch, until, max_new_tokens, options)
+        found.update(zip(chosen, written, strict=True))
+        on_progress(len(chosen))
+    return [found[index] for index in range(len(prompts))]
+
+
+def _continue_batch(
+    model: nn.Module,
+    layout: Layout,
+    tokenizer: Any,
+    prompts: Sequence[tuple[int, ...]],
+    until: Sequence[str],
+    max_new_tokens: int,
+    options: Mapping[str, Any],
+) -> list[tuple[int, ...]]:
+    from transformers import StoppingCriteriaList
+
+    causal, caller = unwrap(model), _prepare(model, layout)
+    width, padding = len(prompts[0]), _find_padding(tokenizer)
+    ids = torch.tensor([(padding,) * (width - len(prompt)) + prompt for prompt in prompts], device=causal.device)
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=causal.device)
+    stop = StopAtTexts(tokenizer, until, width, len(prompts))
+    output = caller.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        max_new_tokens=max_new_tokens,
+        stopping_criteria=StoppingCriteriaList([stop]),
+        pad_token_id=padding,
+        use_cache=True,
+        **options,
+    )
+    ends = _list_end_tokens(causal)
+    return [
+        _cut(tuple(row), length, ends) for row, length in zip(output[:, width:].tolist(), stop.lengths, strict=True)
+    ]
+
+
+def _prepare(model: nn.Module, layout: Layout) -> Any:
+    """Give the model back the attention that a cache and padding work with: scoring may have set another."""
+    if layout.plan is not None:
+        set_kernel(unwrap(model), "eager" if layout.plan.kernel == "eager" else "sdpa")
+    return model
+
+
+def _find_padding(tokenizer: Any) -> int:
+    """Return what fills a row; it is masked, so that any token of the vocabulary will do."""
+    candidates = (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.eos_token_id, 0)
+    return int(next(token_id for token_id in candidates if token_id is not None))
+
+
+def _list_end_tokens(causal: Any) -> set[int]:
+    ends = causal.generation_config.eos_token_id
+    return set(ends) if isinstance(ends, list) else {ends} - {None}
+
+
+def _cut(written: tuple[int, ...], length: int, ends: set[int]) -> tuple[int, ...]:
+    """Return what stands up to where a row was done; behind it come padding or what nobody asked for."""
+    kept = written[:length] if length >= 0 else written
+    end = next((place for place, token_id in enumerate(kept) if token_id in ends), len(kept))
+    return kept[: end + 1]

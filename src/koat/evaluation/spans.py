@@ -1,0 +1,110 @@
+"""Score continuations: how likely a model finds the tokens behind a context, and whether it would write them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from koat.core.errors import ModelError
+from koat.core.sequence import supervise_from
+from koat.forest.score import Layout, cut_sequences, score_tokens, sum_by_owner, unwrap
+
+BLOCK = 1024
+"""Spans that are laid out together; sorted, so that little sharing is lost between blocks."""
+Progress = Callable[[int], None]
+"""Called with the number of spans that were done since the last call."""
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A context and the continuation that is scored, as token ids; neither may be empty."""
+
+    context_ids: tuple[int, ...]
+    continuation_ids: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not self.context_ids or not self.continuation_ids:
+            raise ValueError("a span needs a context and a continuation: nothing else predicts a token")
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """Context and continuation as one sequence."""
+        return self.context_ids + self.continuation_ids
+
+
+@dataclass(frozen=True, slots=True)
+class SpanScores:
+    """Per span, in the order given, its log-probability and whether greedy decoding would write it.
+
+    `num_tokens` counts every context with its continuation, `num_unique_tokens` what was computed.
+    """
+
+    logprobs: list[float]
+    greedy: list[bool]
+    num_tokens: int
+    num_unique_tokens: int
+
+
+@torch.no_grad()
+def score_spans(
+    model: nn.Module,
+    layout: Layout,
+    spans: Sequence[Span],
+    *,
+    token_budget: int = 8192,
+    on_progress: Progress = lambda num_done: None,
+) -> SpanScores:
+    """Score every span, without dropout, in the type that the caller's autocast sets.
+
+    `token_budget` bounds the tokens of a micro-batch; the scores do not depend on it, nor on the order of
+    spans. Raises ModelError when the model returns no numbers.
+    """
+    order = _order_spans(spans, layout)
+    logprobs, greedy = [0.0] * len(spans), [False] * len(spans)
+    num_unique = 0
+    was_training = model.training
+    model.eval()
+    try:
+        for start in range(0, len(order), BLOCK):
+            block = order[start : start + BLOCK]
+            values, missed, unique = _score_block(model, layout, [spans[index] for index in block], token_budget)
+            for index, value, misses in zip(block, values.tolist(), missed.tolist(), strict=True):
+                logprobs[index], greedy[index] = value, misses == 0
+            num_unique += unique
+            on_progress(len(block))
+    finally:
+        model.train(was_training)
+    return SpanScores(logprobs, greedy, sum(len(span.token_ids) for span in spans), num_unique)
+
+
+def _order_spans(spans: Sequence[Span], layout: Layout) -> list[int]:
+    """Put what can share side by side; where nothing is shared, what is of one length, the longest first."""
+    if layout.shares:
+        return sorted(range(len(spans)), key=lambda index: spans[index].token_ids)
+    return sorted(range(len(spans)), key=lambda index: -len(spans[index].token_ids))
+
+
+def _score_block(
+    model: nn.Module, layout: Layout, spans: Sequence[Span], token_budget: int
+) -> tuple[Tensor, Tensor, int]:
+    """Return per span its log-probability `[S]`, how many tokens greedy decoding misses `[S]`, and the cost."""
+    sequences = [supervise_from(span.token_ids, len(span.context_ids)) for span in spans]
+    device = unwrap(model).device
+    logprobs = torch.zeros(len(spans), dtype=torch.float64, device=device)
+    missed = torch.zeros(len(spans), dtype=torch.int64, device=device)
+    num_unique = 0
+    for batch in cut_sequences(sequences, layout, token_budget):
+        moved = batch.to(device)
+        values, likeliest = score_tokens(model, moved, layout)
+        logprobs += sum_by_owner(values.double(), moved.owner, len(spans))
+        missed += sum_by_owner((likeliest != moved.target).long(), moved.owner, len(spans))
+        num_unique += batch.num_tokens
+    if not bool(logprobs.isfinite().all()):
+        raise ModelError(
+            "the model's log-probabilities are not numbers (overflow, or broken weights). Try dtype=float32; if "
+            "that does not help, the weights or the adapter are damaged."
+        )
+    return logprobs, missed, num_unique
