@@ -7,6 +7,7 @@ lie in memory. A run over long contexts adds the growth of the process.
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import gc
 import platform
@@ -22,7 +23,7 @@ from benchmarks.command import main
 from benchmarks.compare_training import make_accelerator
 from benchmarks.kept import count_kept_bytes
 from benchmarks.measure import Findings, Result, Table
-from benchmarks.workload import Absent, Options, build_base, open_tokenizer, read_context_qa
+from benchmarks.workload import SIZES, Absent, Options, build_base, open_tokenizer, read_context_qa
 from koat.adapters.attach import attach_adapter
 from koat.adapters.methods import METHODS
 from koat.core.sequence import Sequence
@@ -42,6 +43,8 @@ MARK = 0.10
 NUM_CONTEXTS = 48
 QUICK = {"vocab_size": 512, "num_hidden_layers": 4}
 """Quick models get a small head: it would be all there is."""
+GROUPED = ("mixtral", "qwen3")
+"""Families whose own defaults name key-value heads for another size."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,11 @@ class Measured:
 
 def build(case: Case, options: Options) -> Any:
     """Build a case's frozen base with random weights."""
-    return build_base(case.family, options, case.precision, **(QUICK if options.quick else {}))
+    width, _, heads = SIZES[options.size]
+    shape: dict[str, Any] = {**QUICK} if options.quick else {}
+    if case.family in GROUPED:
+        shape |= {"num_key_value_heads": heads // 2, "head_dim": width // heads}
+    return build_base(case.family, options, case.precision, **shape)
 
 
 def settle(case: Case) -> TrainingSettings:
@@ -128,7 +135,7 @@ def list_moments(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 def measure_case(case: Case, options: Options) -> tuple[Measured, Any]:
     """Run a case's step, twice, the second time with gradients and moments in place, and count its bytes."""
     base = build(case, options)
-    config = base.config
+    config = copy.deepcopy(base.config)
     model = attach_adapter(base, METHODS[case.method].settings())
     layout: Layout
     layout, verification = verify_layout(model)

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from koat.cli.front import koat, read_flags
+
+if TYPE_CHECKING:
+    from koat.core.config import Resolved
 
 
 @koat.command()
@@ -68,6 +72,8 @@ def finetune(
 @click.option("--method", help="ia3, lora or qlora; see `koat list`.")
 @click.option("--config", type=click.Path(path_type=Path), help="YAML file with settings.")
 @click.option("--recipe", help="A recipe that ships; see `koat list`.")
+@click.option("--fit", metavar="SIZE", help="Say, per method, what trains in this memory: 24GB, 24GiB, 800MB.")
+@click.option("--calibrate", is_flag=True, help="Measure this machine for two seconds and estimate the speed.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def plan(
     overrides: tuple[str, ...],
@@ -75,13 +81,16 @@ def plan(
     method: str | None,
     config: Path | None,
     recipe: str | None,
+    fit: str | None,
+    calibrate: bool,
     as_json: bool,
 ) -> None:
-    """Say what a run will take, from the configuration alone: parameters, file size, memory.
+    """Say what a run will take, from the configuration alone: parameters, memory, disk.
 
     \b
     koat plan --base meta-llama/Llama-3.1-8B --method lora adapter.r=16
     koat plan --base ./polyglot-ko-5.8b --method ia3 adapter.targets=peft --json
+    koat plan --base ./llama-3-8b --method qlora --fit 24GB
     """
     from koat.workflows.config import PlanConfig, resolve_run
 
@@ -90,16 +99,27 @@ def plan(
     from koat.workflows.shell import quiet_libraries
 
     quiet_libraries()
-    from koat.report.plan import print_plan
+    from koat.report.plan import print_fits, print_plan
     from koat.report.settings import print_settings
+    from koat.workflows.fit import fit_methods, read_size
     from koat.workflows.plan import plan_run
 
-    found = plan_run(resolved.settings).to_mapping()
+    size = read_size(fit) if fit is not None else None
+    found = plan_run(resolved.settings, calibrate=calibrate).to_mapping()
+    if size is not None:
+        found["fits"] = [each.to_mapping() for each in fit_methods(resolved.settings, size)]
     if as_json:
-        from koat.core.config import describe
-
-        settings = {row.key: {"value": row.value, "origin": row.origin} for row in describe(resolved)}
-        click.echo(json.dumps({**found, "settings": settings}, ensure_ascii=False, indent=2, default=str))
+        echo_plan(found, resolved)
         return
     print_plan(found, resolved.settings.training.tokens_per_microbatch)
+    if fit is not None:
+        print_fits(found["fits"], fit)
     print_settings(resolved)
+
+
+def echo_plan(found: dict[str, Any], resolved: Resolved[Any]) -> None:
+    """Print a plan as one JSON object, the settings with their origins in it."""
+    from koat.core.config import describe
+
+    settings = {row.key: {"value": row.value, "origin": row.origin} for row in describe(resolved)}
+    click.echo(json.dumps({**found, "settings": settings}, ensure_ascii=False, indent=2, default=str))

@@ -59,10 +59,8 @@ def prepare_run(config: RunConfig, model_settings: ModelSettings, say: Say) -> P
     model = attach_method(base, config)
     layout, verification = choose_layout(model, config.model)
     say(describe_layout(verification))
-    num_trained = count_trainable(model)
-    say(
-        f"{config.adapter.method}: {num_trained:,} of {num_base:,} parameters are trained ({num_trained / num_base:.3%})"
-    )
+    method, trained = config.adapter.method, count_trainable(model)
+    say(f"{method}: {trained:,} of {num_base:,} parameters are trained ({trained / num_base:.3%})")
     if config.training.activation_checkpointing:
         enable_checkpointing(model)
     manifest = describe_run(config, model, base_config, verification, examples)
