@@ -24,14 +24,20 @@ def find_last_layer(causal: Any) -> nn.Module | None:
     return next((layers[-1] for layers in lists if count and len(layers) == count), None)
 
 
+def draws_dropout(block: nn.Module) -> bool:
+    """Whether a block throws something away at random as it stands."""
+    return any(isinstance(module, nn.Dropout) and module.training and module.p > 0 for module in block.modules())
+
+
 @contextmanager
 def narrow_last_layer(causal: Any, source: Tensor) -> Iterator[None]:
     """Within the block, the last feed-forward block computes the tokens `source [P]` alone, zero for all others.
 
-    It does nothing where layers are computed again in the backward pass, which happens after the block.
+    It does nothing where layers are computed again in the backward pass, which happens after the block, and
+    nothing to a block that draws dropout, whose draws would be others.
     """
     block = getattr(find_last_layer(causal), FEED_FORWARD, None)
-    if block is None or getattr(causal, "is_gradient_checkpointing", False):
+    if block is None or getattr(causal, "is_gradient_checkpointing", False) or draws_dropout(block):
         yield
         return
     rows = torch.unique(source)

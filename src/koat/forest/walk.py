@@ -157,6 +157,8 @@ def attend_walk(
     unknown = [name for name in UNKNOWN if kwargs.get(name) is not None]
     if unknown:
         raise NotImplementedError(f"walked attention knows no {', '.join(unknown)}")
+    if torch.is_autocast_enabled("cpu"):
+        query, key, value = (heads.to(torch.get_autocast_dtype("cpu")) for heads in (query, key, value))
     pieces = walk.list_pieces(sliding_window, getattr(module, "layer_idx", None))
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     output: Tensor = WalkAttention.apply(query, key, value, pieces, scale)  # type: ignore[no-untyped-call]

@@ -131,24 +131,22 @@ def train(
 ) -> TrainingResult:
     """Train a model's adapter on `sequences` and leave the adapter that is to be kept in the model.
 
-    With `checkpoints` the state is saved there as the settings say; with `resume_from` training goes on from
-    a checkpoint as if it had never stopped. Raises TrainingError when the loss is no longer a number.
+    With `checkpoints` states are saved there; with `resume_from` training goes on as if it had never stopped.
+    Raises TrainingError when the loss is no longer a number.
     """
-    plan = plan_training(sequences, settings)
-    optimizer = build_optimizer([p for p in model.parameters() if p.requires_grad], settings)
     torch.manual_seed(settings.seed)
+    plan, trained = plan_training(sequences, settings), [p for p in model.parameters() if p.requires_grad]
+    optimizer = build_optimizer(trained, settings)
     state = load_checkpoint(resume_from, model, optimizer) if resume_from else TrainingState()
     guard, fence, loss = LossGuard(), Fence(plan, settings, checkpoints, validate, accelerator), None
     model.train()
     for indices in plan.walk_steps(state.step):
         began, step, examples = time.monotonic(), state.step, [sequences[index] for index in indices]
         loss, unique_tokens = accumulate_gradients(model, examples, layout, settings, accelerator)
-        norm = clip_gradients(optimizer, settings.max_grad_norm)
+        norm, rate = clip_gradients(optimizer, settings.max_grad_norm), schedule_rate(settings, step, plan.num_steps)
         remark = guard.judge(step + 1, loss, norm, starts_epoch=plan.begins_epoch(step))
-        rate = schedule_rate(settings, step, plan.num_steps)
         update_parameters(optimizer, rate)
-
-        num_tokens = sum(len(sequence) for sequence in examples)
+        num_tokens = sum(map(len, examples))
         state.count_step(num_tokens, unique_tokens, time.monotonic() - began)
         validation_loss = fence.validate_step(model, state)
         on_step(
@@ -157,8 +155,7 @@ def train(
                 unique_tokens, time.monotonic() - began, remark, validation_loss,
             )
         )  # fmt: skip
-        # Recorded first: a step that a checkpoint holds is in the metrics, wherever the process is killed.
-        fence.save_step(model, optimizer, state)
+        fence.save_step(model, optimizer, state)  # after its record: what a checkpoint holds is in the metrics
     return TrainingResult(state, loss, keep_adapter(model, state, settings.keep))
 
 
