@@ -45,6 +45,9 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in {"evaluate", "finetune", "load", "merge", "plan"}:
+        from koat.quantise.load import quieten
+
+        quieten()  # before PEFT is imported, and bitsandbytes with it
         from koat.workflows import api
 
         return getattr(api, name)

@@ -41,7 +41,7 @@ def inspect(files: tuple[str, ...], base: str, template: str | None, overrides: 
     help="Folder for the demo's runs; an earlier demo there is replaced.",
 )
 def demo(out: Path) -> None:
-    """Show it all in under three minutes: plan, train IA3 and LoRA, evaluate, compare.
+    """Show it all in a minute or two: plan, train IA3 and LoRA, evaluate, compare.
 
     Uses the small Korean model and the samples that ship; no network, no GPU.
 
