@@ -6,12 +6,12 @@ import csv
 import gzip
 import json
 import random
-import re
 from collections.abc import Sequence as ListLike
 from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.workload import Absent, Options, find_file
+from koat.evaluation.local_tasks import tidy_wikihow
 
 LETTERS = ("A", "B", "C", "D")
 SUBJECTS = ("anatomy", "philosophy")
@@ -24,12 +24,6 @@ class Question:
     context: str
     continuations: tuple[str, ...]
     gold: int
-
-
-def clean_hellaswag(text: str) -> str:
-    """Remove WikiHow's marks as the harness does."""
-    text = text.strip().replace(" [title]", ". ")
-    return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
 
 
 def join_context(context: str) -> str:
@@ -50,11 +44,11 @@ def read_hellaswag(options: Options, num_items: int, num_shots: int) -> list[Que
 
 def _ask_hellaswag(rows: ListLike[dict[str, Any]], at: int, rng: random.Random, num_shots: int) -> Question:
     def query(row: dict[str, Any]) -> str:
-        return clean_hellaswag(f"{row['activity_label']}: {join_context(row['ctx'])}")
+        return tidy_wikihow(f"{row['activity_label']}: {join_context(row['ctx'])}")
 
     others = [index for index in rng.sample(range(len(rows)), num_shots + 1) if index != at][:num_shots]
-    solved = [f"{query(rows[i])} {clean_hellaswag(rows[i]['endings'][int(rows[i]['label'])])}\n\n" for i in others]
-    endings = tuple(f" {clean_hellaswag(ending)}" for ending in rows[at]["endings"])
+    solved = [f"{query(rows[i])} {tidy_wikihow(rows[i]['endings'][int(rows[i]['label'])])}\n\n" for i in others]
+    endings = tuple(f" {tidy_wikihow(ending)}" for ending in rows[at]["endings"])
     return Question("".join(solved) + query(rows[at]), endings, int(rows[at]["label"]))
 
 

@@ -11,8 +11,9 @@ pytest.importorskip("psutil", reason="the benchmarks describe the machine with p
 torch = pytest.importorskip("torch")
 
 from benchmarks import workload  # noqa: E402
-from benchmarks.choice_prompts import Question, clean_hellaswag, join_context, read_hellaswag, read_mmlu  # noqa: E402
+from benchmarks.choice_prompts import Question, join_context, read_hellaswag, read_mmlu  # noqa: E402
 from benchmarks.score_choices import Ours, build_peer, count_peer_tokens, make_instances, run_peer  # noqa: E402
+from koat.evaluation.local_tasks import tidy_wikihow  # noqa: E402
 from koat.forest.verify import verify_layout  # noqa: E402
 
 OPTIONS = workload.Options(quick=True, device=torch.device("cpu"))
@@ -62,7 +63,7 @@ def test_contexts_are_written_as_the_harness_writes_them() -> None:
     """The unfinished sentence is capitalised and WikiHow's marks are gone."""
     assert join_context("A man sits on a roof. he") == "A man sits on a roof. He"
     assert join_context("How to rest. Sit down.") == "How to rest. Sit down."
-    assert clean_hellaswag(" Sit [title] Rest. [step] Now  sleep. ") == "Sit. Rest. Now sleep."
+    assert tidy_wikihow(" Sit [title] Rest. [step] Now  sleep. ") == "Sit. Rest. Now sleep."
 
 
 def test_real_items_have_their_shots() -> None:

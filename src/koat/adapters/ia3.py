@@ -18,15 +18,12 @@ from torch import Tensor, nn
 
 from koat.adapters.architectures import find_architecture, is_transposed, mark_queries
 from koat.adapters.lean import rescale, rescale_output
+from koat.adapters.refine import is_refinable, mix_in
 from koat.adapters.targets import read_peft_default, resolve_roles
 from koat.core.errors import AdapterError, suggest
 
 if TYPE_CHECKING:
     from koat.adapters.settings import Ia3Settings
-
-
-REFINED = frozenset({"Linear", "Linear4bit", "Linear8bitLt"})
-"""PEFT's IA3 layers that get koat's forward pass; the quantised ones exist only beside bitsandbytes."""
 
 
 class Ia3Linear(nn.Module, IA3Layer):
@@ -120,22 +117,16 @@ def refine_ia3_layers(model: nn.Module, holds: bool) -> None:
     """
     config: Any = model.config
     for name, module in model.named_modules():
-        plain: Any = type(module)
-        if not plain.__module__.startswith("peft.tuners.ia3.") or plain.__name__ not in REFINED:
+        if not is_refinable(module, "ia3"):
             continue
+        mix_in(module, Ia3Linear)
         layer: Any = module
-        layer.__class__ = _derive_class(plain)
         held, layer.num_held = None, 0
         if holds and not layer.is_feedforward and _is_fused(name, config):
             held = mark_queries(find_architecture(config), config)
             layer.num_held = int(held.sum())
             held = held.to(next(iter(layer.ia3_l.values())).device)
         layer.register_buffer("held", held, persistent=False)
-
-
-@functools.cache
-def _derive_class(plain: type[nn.Module]) -> type[nn.Module]:
-    return type(f"Ia3{plain.__name__}", (Ia3Linear, plain), {})
 
 
 def _is_fused(name: str, config: Any) -> bool:

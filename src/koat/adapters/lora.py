@@ -6,7 +6,6 @@ the two small matrices to the activation's type instead. In float32 both are the
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING, Any
 
 from peft.tuners.lora.layer import LoraLayer
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from koat.adapters.architectures import find_architecture, is_transposed
+from koat.adapters.refine import is_refinable, mix_in
 from koat.adapters.targets import read_peft_default, resolve_roles
 from koat.core.errors import AdapterError
 
@@ -21,9 +21,6 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
     from koat.adapters.settings import LowRankSettings
-
-REFINED = frozenset({"Linear", "Linear4bit", "Linear8bitLt"})
-"""PEFT's LoRA layers that get koat's forward pass; the quantised ones exist only beside bitsandbytes."""
 
 
 def resolve_lora_targets(settings: LowRankSettings, config: Any) -> list[str]:
@@ -79,18 +76,13 @@ def refine_lora_layers(model: nn.Module) -> None:
     AdapterError for DoRA on an 8-bit base: on a CPU, PEFT loses the layers' scales when it reads their weights.
     """
     for module in model.modules():
+        if not is_refinable(module, "lora"):
+            continue
         layer: Any = module
-        plain: Any = type(module)
-        refined = plain.__module__.startswith("peft.tuners.lora.") and plain.__name__ in REFINED
-        if refined and plain.__name__ == "Linear8bitLt" and layer.lora_variant:
+        if type(module).__name__ == "Linear8bitLt" and layer.lora_variant:
             raise AdapterError(
                 "This LoRA has a variant (DoRA) that PEFT cannot compute on an 8-bit base. "
                 "Set model.quantisation=nf4 or none."
             )
-        if refined and not any(layer.lora_bias.values()):
-            layer.__class__ = _derive_class(plain)
-
-
-@functools.cache
-def _derive_class(plain: type[nn.Module]) -> type[nn.Module]:
-    return type(f"Lora{plain.__name__}", (LoraLinear, plain), {})
+        if not any(layer.lora_bias.values()):
+            mix_in(module, LoraLinear)

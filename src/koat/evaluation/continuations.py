@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -38,43 +39,47 @@ class StopAtTexts:
         return torch.tensor([length >= 0 for length in self.lengths], device=input_ids.device)
 
 
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """When a continuation is done: at a text of `until` (in it), an end token, or `max_new_tokens`.
+
+    `options` go to transformers' `generate`.
+    """
+
+    until: Sequence[str]
+    max_new_tokens: int
+    options: Mapping[str, Any]
+
+
 @torch.no_grad()
 def continue_prompts(
     model: nn.Module,
     layout: Layout,
     tokenizer: Any,
     prompts: Sequence[tuple[int, ...]],
+    ending: Ending,
     *,
-    until: Sequence[str],
-    max_new_tokens: int,
-    options: Mapping[str, Any],
     token_budget: int = 8192,
     on_progress: Callable[[int], None] = lambda num_done: None,
 ) -> list[tuple[int, ...]]:
-    """Return what the model writes behind each prompt: up to a text of `until` (in it), an end token, or the limit.
+    """Return what the model writes behind each prompt.
 
-    `options` go to transformers' `generate`. Greedy results depend neither on the budget nor on the order.
+    Greedy results depend neither on the budget nor on the order.
     """
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     found: dict[int, tuple[int, ...]] = {}
     while len(found) < len(order):
-        longest = len(prompts[order[len(found)]]) + max_new_tokens
+        longest = len(prompts[order[len(found)]]) + ending.max_new_tokens
         chosen = order[len(found) : len(found) + max(1, token_budget // longest)]
         batch = [prompts[index] for index in chosen]
-        written = _continue_batch(model, layout, tokenizer, batch, until, max_new_tokens, options)
+        written = _continue_batch(model, layout, tokenizer, batch, ending)
         found.update(zip(chosen, written, strict=True))
         on_progress(len(chosen))
     return [found[index] for index in range(len(prompts))]
 
 
 def _continue_batch(
-    model: nn.Module,
-    layout: Layout,
-    tokenizer: Any,
-    prompts: Sequence[tuple[int, ...]],
-    until: Sequence[str],
-    max_new_tokens: int,
-    options: Mapping[str, Any],
+    model: nn.Module, layout: Layout, tokenizer: Any, prompts: Sequence[tuple[int, ...]], ending: Ending
 ) -> list[tuple[int, ...]]:
     from transformers import StoppingCriteriaList
 
@@ -82,15 +87,15 @@ def _continue_batch(
     width, padding = len(prompts[0]), _find_padding(tokenizer)
     ids = torch.tensor([(padding,) * (width - len(prompt)) + prompt for prompt in prompts], device=causal.device)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=causal.device)
-    stop = StopAtTexts(tokenizer, until, width, len(prompts))
+    stop = StopAtTexts(tokenizer, ending.until, width, len(prompts))
     output = caller.generate(
         input_ids=ids,
         attention_mask=mask,
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=ending.max_new_tokens,
         stopping_criteria=StoppingCriteriaList([stop]),
         pad_token_id=padding,
         use_cache=True,
-        **options,
+        **ending.options,
     )
     ends = _list_end_tokens(causal)
     return [

@@ -27,7 +27,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from koat.core.config import Section
 from koat.core.errors import ConfigError, DataError
-from koat.evaluation.continuations import continue_prompts
+from koat.evaluation.continuations import Ending, continue_prompts
 from koat.evaluation.contract import Parts, describe_conditions
 from koat.evaluation.request_tokens import RequestEncoder
 from koat.evaluation.spans import Span, score_spans
@@ -212,8 +212,7 @@ class KoatLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         self._count_cuts([len(ids) for ids in prompts], limit - num_new)
         written = continue_prompts(
             self.model, self.layout, self.tokenizer, [ids[num_new - limit :] for ids in prompts],
-            until=until, max_new_tokens=num_new, options=options, token_budget=self.options.tokens,
-            on_progress=bar.update,
+            Ending(until, num_new, options), token_budget=self.options.tokens, on_progress=bar.update,
         )  # fmt: skip
         texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in written]
         return [postprocess_generated_text(text, until, self.options.think_end_token) for text in texts]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from typing import Any
 
+from koat.evaluation.calibration import to_probabilities
 from koat.evaluation.local_data import Row, load_local
 
 _MARKS = re.compile(r"\[[^\]]*\]")
@@ -56,11 +56,8 @@ def split_answers(text: str) -> list[str]:
 
 def score_truth(doc: Row, results: Sequence[tuple[float, bool]]) -> dict[str, float]:
     """Return mc2: the share of probability that falls on true answers."""
-    logprobs = [logprob for logprob, _ in results]
-    highest = max(logprobs)
-    weights = [math.exp(logprob - highest) for logprob in logprobs]
-    num_true = int(doc["num_true"])
-    return {"acc": sum(weights[:num_true]) / sum(weights)}
+    shares = to_probabilities([logprob for logprob, _ in results])
+    return {"acc": sum(shares[: int(doc["num_true"])])}
 
 
 def average_f1(items: Sequence[tuple[Any, Any]]) -> float:

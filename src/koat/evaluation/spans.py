@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from koat.core.errors import ModelError
+from koat.core.sequence import Sequence as TokenSequence
 from koat.core.sequence import supervise_from
 from koat.forest.score import Layout, cut_sequences, score_tokens, sum_by_owner, unwrap
 
@@ -48,6 +50,17 @@ class SpanScores:
     num_unique_tokens: int
 
 
+@dataclass(frozen=True, slots=True)
+class BlockScores:
+    """What a model says to S sequences: per sequence the sum of its log-probabilities `[S]`, how many targets greedy
+    decoding misses `[S]`, the token id that it likes best for the first target `[S]`; and the tokens computed."""
+
+    logprobs: Tensor
+    missed: Tensor
+    first: Tensor
+    num_unique_tokens: int
+
+
 @torch.no_grad()
 def score_spans(
     model: nn.Module,
@@ -62,49 +75,64 @@ def score_spans(
     `token_budget` bounds the tokens of a micro-batch; the scores do not depend on it, nor on the order of
     spans. Raises ModelError when the model returns no numbers.
     """
-    order = _order_spans(spans, layout)
+    order = order_tokens([span.token_ids for span in spans], layout)
     logprobs, greedy = [0.0] * len(spans), [False] * len(spans)
     num_unique = 0
-    was_training = model.training
-    model.eval()
-    try:
+    with settled(model):
         for start in range(0, len(order), BLOCK):
             block = order[start : start + BLOCK]
-            values, missed, unique = _score_block(model, layout, [spans[index] for index in block], token_budget)
-            for index, value, misses in zip(block, values.tolist(), missed.tolist(), strict=True):
+            sequences = [supervise_from(spans[index].token_ids, len(spans[index].context_ids)) for index in block]
+            found = score_block(model, layout, sequences, token_budget)
+            for index, value, misses in zip(block, found.logprobs.tolist(), found.missed.tolist(), strict=True):
                 logprobs[index], greedy[index] = value, misses == 0
-            num_unique += unique
+            num_unique += found.num_unique_tokens
             on_progress(len(block))
-    finally:
-        model.train(was_training)
     return SpanScores(logprobs, greedy, sum(len(span.token_ids) for span in spans), num_unique)
 
 
-def _order_spans(spans: Sequence[Span], layout: Layout) -> list[int]:
+def order_tokens(token_ids: Sequence[tuple[int, ...]], layout: Layout) -> list[int]:
     """Put what can share side by side; where nothing is shared, what is of one length, the longest first."""
     if layout.shares:
-        return sorted(range(len(spans)), key=lambda index: spans[index].token_ids)
-    return sorted(range(len(spans)), key=lambda index: -len(spans[index].token_ids))
+        return sorted(range(len(token_ids)), key=token_ids.__getitem__)
+    return sorted(range(len(token_ids)), key=lambda index: -len(token_ids[index]))
 
 
-def _score_block(
-    model: nn.Module, layout: Layout, spans: Sequence[Span], token_budget: int
-) -> tuple[Tensor, Tensor, int]:
-    """Return per span its log-probability `[S]`, how many tokens greedy decoding misses `[S]`, and the cost."""
-    sequences = [supervise_from(span.token_ids, len(span.context_ids)) for span in spans]
-    device = unwrap(model).device
-    logprobs = torch.zeros(len(spans), dtype=torch.float64, device=device)
-    missed = torch.zeros(len(spans), dtype=torch.int64, device=device)
+@contextmanager
+def settled(model: nn.Module) -> Iterator[None]:
+    """Within the block, a model is in evaluation mode: it draws no dropout."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+@torch.no_grad()
+def score_block(model: nn.Module, layout: Layout, sequences: Sequence[TokenSequence], token_budget: int) -> BlockScores:
+    """Score sequences that are laid out together. Raises ModelError when the model returns no numbers."""
+    count, device = len(sequences), unwrap(model).device
+    logprobs = torch.zeros(count, dtype=torch.float64, device=device)
+    missed = torch.zeros(count, dtype=torch.int64, device=device)
+    first = torch.full((count,), -1, dtype=torch.int64, device=device)
     num_unique = 0
     for batch in cut_sequences(sequences, layout, token_budget):
         moved = batch.to(device)
         values, likeliest = score_tokens(model, moved, layout)
-        logprobs += sum_by_owner(values.double(), moved.owner, len(spans))
-        missed += sum_by_owner((likeliest != moved.target).long(), moved.owner, len(spans))
+        logprobs += sum_by_owner(values.double(), moved.owner, count)
+        missed += sum_by_owner((likeliest != moved.target).long(), moved.owner, count)
+        begins = find_firsts(moved.owner)
+        first[moved.owner[begins]] = likeliest[begins]
         num_unique += batch.num_tokens
     if not bool(logprobs.isfinite().all()):
         raise ModelError(
-            "the model's log-probabilities are not numbers (overflow, or broken weights). Try dtype=float32; if "
-            "that does not help, the weights or the adapter are damaged."
+            "the model's log-probabilities are not numbers (overflow, or broken weights). Try "
+            "model.dtype=float32; if that does not help, the weights or the adapter are damaged."
         )
-    return logprobs, missed, num_unique
+    return BlockScores(logprobs, missed, first, num_unique)
+
+
+def find_firsts(owner: Tensor) -> Tensor:
+    """Return where each owner's first prediction stands; its predictions lie in order, side by side."""
+    before = torch.cat([owner.new_full((1,), -1), owner[:-1]])
+    return (owner != before).nonzero().squeeze(1)

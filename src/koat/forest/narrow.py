@@ -20,7 +20,7 @@ FEED_FORWARD = "mlp"
 def find_last_layer(causal: Any) -> nn.Module | None:
     """Return a causal model's last layer, None where its layers are not in one list of the expected length."""
     count = int(getattr(causal.config, "num_hidden_layers", 0))
-    lists = [module for module in causal.base_model.modules() if isinstance(module, nn.ModuleList)]
+    lists = (module for module in causal.base_model.modules() if isinstance(module, nn.ModuleList))
     return next((layers[-1] for layers in lists if count and len(layers) == count), None)
 
 

@@ -61,10 +61,13 @@ def stand_on(batch: MicroBatch, num_tokens: int, *, computed: bool) -> MicroBatc
     stay without it.
     """
     num_rows, length = batch.position.shape
+    source = shift_source(batch, num_tokens) if computed else batch.source
     chain = torch.arange(num_tokens, device=batch.position.device).expand(num_rows, num_tokens)
     position = torch.cat([chain, batch.position + num_tokens], 1)
     subtree_end = torch.cat([torch.full_like(chain, num_tokens + length), batch.subtree_end + num_tokens], 1)
-    source = batch.source
-    if computed:
-        source = source + num_tokens * (source // length + 1)
     return replace(batch, position=position, subtree_end=subtree_end, source=source)
+
+
+def shift_source(batch: MicroBatch, num_tokens: int) -> Tensor:
+    """Return where predictions stand `[P]` once each row begins with `num_tokens` more tokens."""
+    return batch.source + num_tokens * (batch.source // batch.position.shape[1] + 1)

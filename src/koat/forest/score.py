@@ -19,7 +19,7 @@ from koat.forest.attend import FLEX_BLOCK, AttentionPlan, Kernel, render_mask
 from koat.forest.head import gather_logprobs, head_logprobs, head_scores
 from koat.forest.narrow import narrow_last_layer
 from koat.forest.pack import MicroBatch, RowCost, batch_rows, plan_rows, plan_separate_rows
-from koat.forest.root import Root, stand_on, take_root
+from koat.forest.root import Root, shift_source, stand_on, take_root
 from koat.forest.walk import IMPLEMENTATION, Walk, register_walk
 
 
@@ -46,6 +46,11 @@ class Layout:
         return self.plan is not None
 
 
+def read_width(config: Any) -> int:
+    """Return the width of a model's hidden states."""
+    return int(getattr(config, "hidden_size", None) or config.n_embd)
+
+
 def estimate_row_cost(config: Any, kernel: str) -> RowCost:
     """Estimate the price of attention from a model's shape.
 
@@ -55,9 +60,8 @@ def estimate_row_cost(config: Any, kernel: str) -> RowCost:
     takes as long as 128 tokens on a CPU (8 layers of 512; short products also run slower); a GPU computes a
     thousand meanwhile.
     """
-    hidden = int(getattr(config, "hidden_size", None) or config.n_embd)
     share, start_up = {"flex": (0.1, 1024.0), "walk": (0.01, 128.0)}.get(kernel, (1.0, 32.0))
-    return RowCost(share / (3 * hidden), start_up)
+    return RowCost(share / (3 * read_width(config)), start_up)
 
 
 def cut_sequences(
@@ -103,7 +107,7 @@ def run_rows(model: nn.Module, batch: MicroBatch, layout: Layout) -> tuple[Tenso
     causal, root = unwrap(model), take_root(model, len(batch.token_ids))
     source = batch.source
     if root is not None and root.embeddings is not None:
-        source = stand_on(batch, root.num_tokens, computed=True).source
+        source = shift_source(batch, root.num_tokens)
     with narrow_last_layer(causal, source) if layout.narrow else nullcontext():
         inputs = make_inputs(causal, batch, layout, root)
         if layout.split_head:

@@ -29,6 +29,7 @@ from koat.training.optimizer import check_optimizer
 from koat.workflows.config import RunConfig
 from koat.workflows.measure import Cost
 from koat.workflows.prepare import Prepared, Say, prepare_run, settle_paths
+from koat.workflows.trained import TEMPLATE
 
 
 def finetune_run(
@@ -160,7 +161,7 @@ def save_result(run: RunFolder, model: PeftModel, tokenizer: Any, template: Prom
     with atomic_folder(run.adapter) as draft:
         save_adapter(model, draft)
         tokenizer.save_pretrained(str(draft))
-        write_json(draft / "prompt_template.json", template.to_mapping())
+        write_json(draft / TEMPLATE, template.to_mapping())
 
 
 def describe_result(result: TrainingResult, cost: Cost) -> dict[str, Any]:

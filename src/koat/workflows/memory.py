@@ -18,6 +18,7 @@ from torch import nn
 from koat.core.config import Section
 from koat.core.settings import ModelSettings, TrainingSettings
 from koat.forest.head import CHUNK_BYTES
+from koat.forest.score import read_width
 from koat.model import build_empty, load_config, pick_device, pick_dtype, settle_dtype
 from koat.quantise.load import blocks_cross_rows, list_unsafe_layers
 from koat.quantise.weights import count_model_bytes, count_weight_bytes, list_linears
@@ -139,11 +140,6 @@ class Footprint:
         """Return the bytes of the adapter and its checkpoints, the one being written included."""
         held = self.adapter_bytes * (2 if training.keep == "best" else 1) + self.optimizer_bytes
         return self.adapter_bytes + (training.keep_checkpoints + 1) * held
-
-
-def read_width(config: Any) -> int:
-    """Return the width of a model's hidden states."""
-    return int(getattr(config, "hidden_size", None) or config.n_embd)
 
 
 def measure_base(model: ModelSettings, training: TrainingSettings, config: Any = None) -> Base:

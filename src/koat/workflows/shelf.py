@@ -19,7 +19,7 @@ from koat.core.errors import AdapterError, ConfigError, KoatError, RunFolderErro
 from koat.core.settings import ModelSettings
 from koat.model import load_tokenizer
 from koat.workflows.merge import save_company
-from koat.workflows.trained import Trained, find_trained, read_base_fingerprint
+from koat.workflows.trained import TEMPLATE, Trained, find_trained, read_base_fingerprint
 
 CHECKPOINTS = "checkpoints"
 
@@ -101,7 +101,7 @@ def read_manifest(run: Path) -> dict[str, Any]:
 
 def read_template_name(folder: Path) -> str:
     """Return the name of the prompt template beside an adapter, empty where there is none."""
-    path = folder / "prompt_template.json"
+    path = folder / TEMPLATE
     if not path.is_file():
         return ""
     try:
