@@ -52,6 +52,22 @@ def test_gather_is_a_log_softmax() -> None:
     torch.testing.assert_close(halved, expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("cached_rows", [1, 2, 5, 100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_its_gradient_is_a_log_softmaxs_however_few_rows_fit_the_cache(monkeypatch, cached_rows, dtype) -> None:
+    monkeypatch.setattr("koat.forest.head.CACHE_BYTES", cached_rows * 4 * 30)
+    generator = torch.Generator().manual_seed(2)
+    logits, weight = (torch.randn(5, 30, generator=generator) * 5).to(dtype), torch.randn(6, generator=generator)
+    row, target = torch.tensor([4, 0, 0, 2, 4, 4]), torch.tensor([29, 7, 7, 11, 0, 29])  # row 0 has one target twice
+    ours, plain = logits.clone().requires_grad_(), logits.float().requires_grad_()
+    (gather_logprobs(ours, row, target) * weight).sum().backward()
+    (torch.log_softmax(plain, -1)[row, target] * weight).sum().backward()
+    assert ours.grad.dtype == dtype
+    assert not ours.grad[1].any() and not ours.grad[3].any()
+    rounding = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 1e-2}
+    torch.testing.assert_close(ours.grad.float(), plain.grad, **rounding)
+
+
 @pytest.mark.parametrize("rows_at_once", [0.5, 1, 2, 5, 12, 13, 100])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_chunks_change_neither_values_nor_gradients(make_model, family, rows_at_once) -> None:

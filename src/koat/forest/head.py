@@ -6,10 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 CHUNK_BYTES = 128 * 1024 * 1024
 """Float32 logits that exist at once; more are cut into chunks and rebuilt in the backward pass."""
+CACHE_BYTES = 2 * 1024 * 1024
+"""Float32 logits that are worked on together on a CPU; 2.6 times faster than all of 40 MB at once."""
 
 
 def compute_logits(model: nn.Module, hidden: Tensor) -> Tensor:
@@ -30,11 +33,41 @@ def compute_logits(model: nn.Module, hidden: Tensor) -> Tensor:
     return logits
 
 
+class TargetLogprobs(torch.autograd.Function):
+    """Log-probabilities of targets, a few rows at a time: what is read twice is still in the cache the second time."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, row: Tensor, target: Tensor) -> Tensor:
+        """Return what `gather_logprobs` does."""
+        num_rows = count_cached_rows(logits)
+        log_sum = torch.cat([torch.logsumexp(part.float(), -1) for part in torch.split(logits, num_rows)])
+        ctx.save_for_backward(logits, log_sum, row, target)
+        picked = logits.reshape(-1).index_select(0, row * logits.shape[-1] + target).float()
+        return picked - log_sum.index_select(0, row)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        """Return the gradient of the logits: what a row's targets weigh, less that much of its probabilities."""
+        logits, log_sum, row, target = ctx.saved_tensors
+        weight = torch.zeros_like(log_sum).index_add_(0, row, gradients[0])
+        slope, num_rows = torch.empty_like(logits), count_cached_rows(logits)
+        for part, into, lows, weights in zip(*(torch.split(each, num_rows) for each in (logits, slope, log_sum, weight)),
+                                             strict=True):  # fmt: skip
+            into.copy_(torch.exp(part.float() - lows[:, None]).mul_(-weights[:, None]))
+        slope.view(-1).index_add_(0, row * logits.shape[-1] + target, gradients[0].to(slope.dtype))
+        return slope, None, None
+
+
+def count_cached_rows(logits: Tensor) -> int:
+    """Return how many float32 rows of `logits [S, V]` stay in a core's cache; a GPU takes all at once."""
+    return max(1, CACHE_BYTES // (4 * logits.shape[-1])) if logits.device.type == "cpu" else len(logits)
+
+
 def gather_logprobs(logits: Tensor, row: Tensor, target: Tensor) -> Tensor:
     """Return log-probabilities `[P]` of `target[P]` under rows `row[P]` of `logits [S, V]`, in float32."""
-    logits = logits.float()
-    picked = logits.view(-1).index_select(0, row * logits.shape[-1] + target)
-    return picked - torch.logsumexp(logits, dim=-1).index_select(0, row)
+    logprobs: Tensor = TargetLogprobs.apply(logits, row, target)  # type: ignore[no-untyped-call]
+    return logprobs
 
 
 @torch.no_grad()
