@@ -12,11 +12,11 @@ from transformers import LlamaForCausalLM, LlamaModel
 from koat.forest.attend import AttentionPlan
 from koat.forest.pack import RowCost
 from koat.forest.score import cut_sequences, token_logprobs
+from koat.forest.twin import make_twin
 from koat.forest.verify import (
     TWIN_TOLERANCE,
     make_padded,
     make_probe,
-    make_twin,
     measure_difference,
     single_logprobs,
     verify_layout,

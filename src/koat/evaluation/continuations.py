@@ -1,4 +1,4 @@
-"""Let a model continue prompts until a text or the end, in left-padded batches of like length."""
+"""Let a model continue prompts until a text or the end: greedily as a forest, else in left-padded batches."""
 
 from __future__ import annotations
 
@@ -9,10 +9,36 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from koat.forest.grow import grow_forest
 from koat.forest.score import Layout, set_kernel, unwrap
+from koat.forest.verify import verify_growth
 
 LOOK_BEHIND = 2
 """Tokens beyond a stop text's own that are decoded to find it: a model may write it in other pieces."""
+HARMLESS = {
+    "bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "transformers_version", "use_cache",
+    "do_sample", "temperature", "top_k", "top_p", "max_length", "max_new_tokens", "_from_model_config",
+}  # fmt: skip
+"""Settings of generation that change nothing about which token is the likeliest."""
+
+
+class StopTexts:
+    """Texts at which writing stops, looked for in what was written last."""
+
+    def __init__(self, tokenizer: Any, texts: Sequence[str]) -> None:
+        self.tokenizer = tokenizer
+        self.texts: dict[int, list[str]] = {}
+        for text in texts:
+            size = len(tokenizer(text, add_special_tokens=False)["input_ids"]) + LOOK_BEHIND
+            self.texts.setdefault(size, []).append(text)
+
+    def find(self, written: Tensor) -> Tensor:
+        """Return in which rows of `written [B, t]` a text has just been completed `[B]`."""
+        found = [False] * len(written)
+        for size, texts in self.texts.items():
+            for row, last in enumerate(self.tokenizer.batch_decode(written[:, -size:])):
+                found[row] = found[row] or any(text in last for text in texts)
+        return torch.tensor(found, device=written.device)
 
 
 class StopAtTexts:
@@ -21,22 +47,15 @@ class StopAtTexts:
     `lengths [B]` has how many tokens each row wrote until then, -1 for a row that goes on.
     """
 
-    def __init__(self, tokenizer: Any, texts: Sequence[str], num_prompt_tokens: int, num_rows: int) -> None:
-        self.tokenizer, self.num_prompt_tokens = tokenizer, num_prompt_tokens
-        self.texts: dict[int, list[str]] = {}
-        for text in texts:
-            size = len(tokenizer(text, add_special_tokens=False)["input_ids"]) + LOOK_BEHIND
-            self.texts.setdefault(size, []).append(text)
-        self.lengths = [-1] * num_rows
+    def __init__(self, texts: StopTexts, num_prompt_tokens: int, num_rows: int) -> None:
+        self.texts, self.num_prompt_tokens = texts, num_prompt_tokens
+        self.lengths = torch.full((num_rows,), -1)
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         """Return which rows are done `[B]`."""
         written = input_ids[:, self.num_prompt_tokens :]
-        for size, texts in self.texts.items():
-            for row, last in enumerate(self.tokenizer.batch_decode(written[:, -size:])):
-                if self.lengths[row] < 0 and any(text in last for text in texts):
-                    self.lengths[row] = written.shape[1]
-        return torch.tensor([length >= 0 for length in self.lengths], device=input_ids.device)
+        self.lengths[(self.lengths < 0) & self.texts.find(written).cpu()] = written.shape[1]
+        return (self.lengths >= 0).to(input_ids.device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +85,8 @@ def continue_prompts(
 
     Greedy results depend neither on the budget nor on the order.
     """
+    if is_greedy(unwrap(model), ending) and verify_growth(model, layout):
+        return _grow(model, layout, tokenizer, prompts, ending, token_budget, on_progress)
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     found: dict[int, tuple[int, ...]] = {}
     while len(found) < len(order):
@@ -78,6 +99,33 @@ def continue_prompts(
     return [found[index] for index in range(len(prompts))]
 
 
+def is_greedy(causal: Any, ending: Ending) -> bool:
+    """Whether the likeliest token is all that is asked for: no sampling, beams, penalties or processors."""
+    asked = {**causal.generation_config.to_diff_dict(), **ending.options}
+    return not asked.get("do_sample", False) and asked.keys() <= HARMLESS
+
+
+def _grow(
+    model: nn.Module,
+    layout: Layout,
+    tokenizer: Any,
+    prompts: Sequence[tuple[int, ...]],
+    ending: Ending,
+    token_budget: int,
+    on_progress: Callable[[int], None],
+) -> list[tuple[int, ...]]:
+    texts = StopTexts(tokenizer, ending.until)
+    ends = torch.tensor(sorted(_list_end_tokens(unwrap(model))), device=unwrap(model).device)
+
+    def is_done(places: Sequence[int], written: Tensor) -> Tensor:
+        return torch.isin(written[:, -1], ends) | texts.find(written)
+
+    grown = grow_forest(
+        model, layout, prompts, ending.max_new_tokens, is_done, token_budget=token_budget, on_progress=on_progress
+    )
+    return [tuple(each.token_ids) for each in grown]
+
+
 def _continue_batch(
     model: nn.Module, layout: Layout, tokenizer: Any, prompts: Sequence[tuple[int, ...]], ending: Ending
 ) -> list[tuple[int, ...]]:
@@ -87,7 +135,7 @@ def _continue_batch(
     width, padding = len(prompts[0]), _find_padding(tokenizer)
     ids = torch.tensor([(padding,) * (width - len(prompt)) + prompt for prompt in prompts], device=causal.device)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=causal.device)
-    stop = StopAtTexts(tokenizer, ending.until, width, len(prompts))
+    stop = StopAtTexts(StopTexts(tokenizer, ending.until), width, len(prompts))
     output = caller.generate(
         input_ids=ids,
         attention_mask=mask,
@@ -99,7 +147,8 @@ def _continue_batch(
     )
     ends = _list_end_tokens(causal)
     return [
-        _cut(tuple(row), length, ends) for row, length in zip(output[:, width:].tolist(), stop.lengths, strict=True)
+        _cut(tuple(row), length, ends)
+        for row, length in zip(output[:, width:].tolist(), stop.lengths.tolist(), strict=True)
     ]
 
 

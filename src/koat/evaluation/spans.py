@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from koat.core.errors import ModelError
 from koat.core.sequence import Sequence as TokenSequence
 from koat.core.sequence import supervise_from
-from koat.forest.score import Layout, cut_sequences, score_tokens, sum_by_owner, unwrap
+from koat.forest.score import Layout, sum_by_owner, unwrap
+from koat.forest.stream import score_forest
 
 BLOCK = 1024
 """Spans that are laid out together; sorted, so that little sharing is lost between blocks."""
@@ -116,14 +117,13 @@ def score_block(model: nn.Module, layout: Layout, sequences: Sequence[TokenSeque
     missed = torch.zeros(count, dtype=torch.int64, device=device)
     first = torch.full((count,), -1, dtype=torch.int64, device=device)
     num_unique = 0
-    for batch in cut_sequences(sequences, layout, token_budget):
-        moved = batch.to(device)
-        values, likeliest = score_tokens(model, moved, layout)
-        logprobs += sum_by_owner(values.double(), moved.owner, count)
-        missed += sum_by_owner((likeliest != moved.target).long(), moved.owner, count)
-        begins = find_firsts(moved.owner)
-        first[moved.owner[begins]] = likeliest[begins]
-        num_unique += batch.num_tokens
+    for part in score_forest(model, layout, sequences, token_budget):
+        logprobs += sum_by_owner(part.logprobs.double(), part.owner, count)
+        missed += sum_by_owner((part.likeliest != part.target).long(), part.owner, count)
+        begins = find_firsts(part.owner)
+        fresh = begins[first[part.owner[begins]] < 0]
+        first[part.owner[fresh]] = part.likeliest[fresh]
+        num_unique += part.num_tokens
     if not bool(logprobs.isfinite().all()):
         raise ModelError(
             "the model's log-probabilities are not numbers (overflow, or broken weights). Try "
@@ -133,6 +133,6 @@ def score_block(model: nn.Module, layout: Layout, sequences: Sequence[TokenSeque
 
 
 def find_firsts(owner: Tensor) -> Tensor:
-    """Return where each owner's first prediction stands; its predictions lie in order, side by side."""
+    """Return where each owner's first prediction here stands; its predictions lie in order, side by side."""
     before = torch.cat([owner.new_full((1,), -1), owner[:-1]])
     return (owner != before).nonzero().squeeze(1)

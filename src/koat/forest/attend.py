@@ -56,7 +56,7 @@ def render_mask(
     for _, window in plan.windows:
         if window not in rendered:
             mask = _render_one(plan.kernel, position, subtree_end, window, dtype)
-            rendered[window] = mask[:, :, num_cached:] if num_cached else mask
+            rendered[window] = mask[:, :, num_cached:] if num_cached and plan.kernel != "walk" else mask
     if plan.by_type:
         return {kind: rendered[window] for kind, window in plan.windows}
     return rendered[plan.windows[0][1]]

@@ -30,7 +30,8 @@ class Layout:
     `plan` is None for padded rows: one sequence each, the model's own causal mask, nothing shared. With
     `split_head` only the rows of the head that some target needs are computed. With `alone` each sequence
     is a micro-batch of its own, for models whose result depends on the longest row beside it. With `narrow` the
-    last layer computes only what some target needs (`koat.forest.narrow`).
+    last layer computes only what some target needs (`koat.forest.narrow`). With `streams` scoring carries keys and
+    values from micro-batch to micro-batch (`koat.forest.stream`).
     """
 
     plan: AttentionPlan | None
@@ -39,6 +40,7 @@ class Layout:
     split_head: bool = True
     alone: bool = False
     narrow: bool = False
+    streams: bool = False
 
     @property
     def shares(self) -> bool:
@@ -143,17 +145,22 @@ def make_inputs(causal: Any, batch: MicroBatch, layout: Layout, root: Root | Non
         layout.plan, standing.position, standing.subtree_end, causal.dtype, num_cached
     )
     if layout.plan.kernel == "walk":
-        inputs["walk"] = make_walk(causal, standing, layout)
+        inputs["walk"] = make_walk(causal, layout, standing.position, standing.subtree_end, standing.source)
     return inputs
 
 
-def make_walk(causal: Any, standing: MicroBatch, layout: Layout) -> Walk:
-    """Return the pieces of a micro-batch; with `narrow` the last layer answers predicting tokens alone."""
+def make_walk(
+    causal: Any, layout: Layout, position: Tensor, subtree_end: Tensor, source: Tensor, num_cached: int = 0
+) -> Walk:
+    """Return the pieces of a micro-batch; with `narrow` the last layer answers predicting tokens `source [P]` alone.
+
+    The first `num_cached` tokens of its one row are keys in a cache, and not counted by `source`.
+    """
     if not layout.narrow:
-        return Walk(standing.position, standing.subtree_end)
-    asking = torch.zeros_like(standing.position, dtype=torch.bool)
-    asking.view(-1)[standing.source] = True
-    return Walk(standing.position, standing.subtree_end, asking, int(causal.config.num_hidden_layers) - 1)
+        return Walk(position, subtree_end, num_cached=num_cached)
+    asking = torch.zeros_like(position, dtype=torch.bool)
+    asking.view(-1)[source + num_cached] = True
+    return Walk(position, subtree_end, asking, int(causal.config.num_hidden_layers) - 1, num_cached)
 
 
 def set_kernel(causal: Any, kernel: Kernel) -> None:

@@ -7,8 +7,8 @@ differ from single sequences no more than a padded batch of them does.
 
 from __future__ import annotations
 
-import copy
 import logging
+from collections.abc import Callable
 from collections.abc import Sequence as ListLike
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -17,18 +17,24 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from koat.core.sequence import Sequence
+from koat.core.sequence import Sequence, supervise_from
 from koat.forest.attend import AttentionPlan, Kernel, find_windows
+from koat.forest.build import build_forest
+from koat.forest.grow import grow_forest
 from koat.forest.pack import RowCost
 from koat.forest.root import has_cached_root, is_rooted
-from koat.forest.score import Layout, cut_sequences, estimate_row_cost, token_logprobs, unwrap
+from koat.forest.score import Layout, cut_sequences, estimate_row_cost, set_kernel, token_logprobs, unwrap
+from koat.forest.stream import stream_forest
+from koat.forest.twin import TWIN_WINDOW, make_twin
 from koat.forest.walk import IMPLEMENTATION
 
 TWIN_TOLERANCE = 2e-4
 """Largest log-probability difference on the float32 twin; a wrong mask or position gives 1e-2 and more."""
-TWIN_WINDOW = 8
+SEGMENT = 24
+"""Tokens of a segment when carrying keys and values is tried; shorter than the probe's longest sequences."""
 NOISE_FACTOR = 4.0
 FLOOR = 1e-4
+Measure = Callable[[nn.Module, ListLike[Sequence], Layout], float]
 log = logging.getLogger(__name__)
 
 
@@ -99,52 +105,18 @@ def measure_difference(model: nn.Module, sequences: ListLike[Sequence], layout: 
     return worst if np.isfinite(worst) else float("inf")
 
 
-def make_twin(model: nn.Module) -> Any:
-    """Return a small float32 model of the same class: few layers, every layer type, a small window."""
-    causal = unwrap(model)
-    config = copy.deepcopy(causal.config)
-    types = list(getattr(config, "layer_types", None) or [])
-    num_layers = 2 if not types else min(4, max(2, max(types.index(kind) for kind in set(types)) + 1))
-    config.num_hidden_layers = min(num_layers, config.num_hidden_layers)
-    if types and len(config.layer_types) != config.num_hidden_layers:
-        config.layer_types = types[: config.num_hidden_layers]
-    if getattr(config, "sliding_window", None):
-        config.sliding_window = TWIN_WINDOW
-    config.vocab_size = min(config.vocab_size, 512)
-    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        setattr(config, name, None)
-    _shrink_rope(config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    state = torch.random.get_rng_state()
-    torch.manual_seed(0)
-    try:
-        twin = type(causal)._from_config(config, dtype=torch.float32)
-    finally:
-        torch.random.set_rng_state(state)
-    twin.config._attn_implementation = causal.config._attn_implementation
-    return twin.to(causal.device).eval()
-
-
-def _shrink_rope(config: Any) -> None:
-    """Bring the length at which some rotary scalings switch (longrope, dynamic) among the probe's lengths."""
-    rope = getattr(config, "rope_parameters", None)
-    if isinstance(rope, dict) and rope.get("rope_type") in {"longrope", "dynamic"}:
-        config.max_position_embeddings = 4 * TWIN_WINDOW
-        for holder in (config, rope):
-            if _read(holder, "original_max_position_embeddings"):
-                _write(holder, "original_max_position_embeddings", 3 * TWIN_WINDOW)
-
-
-def _read(holder: Any, name: str) -> Any:
-    return holder.get(name) if isinstance(holder, dict) else getattr(holder, name, None)
-
-
-def _write(holder: Any, name: str, value: Any) -> None:
-    if isinstance(holder, dict):
-        holder[name] = value
-    else:
-        setattr(holder, name, value)
+@torch.no_grad()
+def measure_stream(model: nn.Module, sequences: ListLike[Sequence], layout: Layout) -> float:
+    """Return the same difference for a forest that is computed in short segments, keys and values carried along."""
+    expected = [logprobs.tolist() for logprobs in single_logprobs(model, sequences)]
+    found: list[list[float]] = [[] for _ in sequences]
+    for part in stream_forest(model, layout, build_forest(sequences), SEGMENT):
+        for owner, value in zip(part.owner.tolist(), part.logprobs.tolist(), strict=True):
+            found[owner].append(value)
+    worst = max(
+        abs(a - b) for left, right in zip(expected, found, strict=True) for a, b in zip(left, right, strict=True)
+    )
+    return worst if np.isfinite(worst) else float("inf")
 
 
 def estimate_rounding(model: nn.Module, sequences: ListLike[Sequence]) -> float:
@@ -203,10 +175,12 @@ def _shrink_windows(layout: Layout) -> Layout:
     return replace(layout, plan=replace(layout.plan, windows=windows))
 
 
-def _try_layout(model: nn.Module, probe: ListLike[Sequence], layout: Layout) -> tuple[float, str]:
+def _try_layout(
+    model: nn.Module, probe: ListLike[Sequence], layout: Layout, measure: Measure = measure_difference
+) -> tuple[float, str]:
     """Return the difference that a layout makes, or infinity and why it cannot run."""
     try:
-        return measure_difference(model, probe, layout), ""
+        return measure(model, probe, layout), ""
     except Exception as error:  # the model's own code may fail in any way on inputs it does not know
         return float("inf"), f"{type(error).__name__}: {error}"
 
@@ -246,16 +220,56 @@ def _verify(model: nn.Module, kernels: list[Kernel]) -> tuple[Layout, Verificati
         noise, _ = _try_layout(model, real, make_padded(causal.config, layout.split_head))
         noise = max(noise, estimate_rounding(model, real))
         difference, reason = _try_layout(model, real, layout)
-        if difference <= max(FLOOR, NOISE_FACTOR * noise):
+        allowed = max(FLOOR, NOISE_FACTOR * noise)
+        if difference <= allowed:
             found = Verification(
                 True, layout.split_head, layout.plan.kernel, twin_difference, difference, noise, "exact"
             )
-            return layout, found
+            return _let_stream(layout, (twin, probe, TWIN_TOLERANCE), (model, real, allowed)), found
         reasons.append(reason or f"log-probabilities differ by {difference:.2g}, batching alone by {noise:.2g}")
     layout, reason = _fall_back(twin, probe), reasons[-1] if reasons else "not tried"
     instead = "one sequence at a time" if layout.alone else "padded batches"
     log.warning("Prefixes are not shared for this model (%s): running %s instead.", reason, instead)
     return layout, Verification(False, layout.split_head, kernel, None, None, None, reason)
+
+
+def _let_stream(layout: Layout, *trials: tuple[Any, ListLike[Sequence], float]) -> Layout:
+    """Return the layout as one that streams, where that is worth while and exact too.
+
+    Walked attention makes one long row as cheap as many; with dense masks its cost would be its square.
+    """
+    assert layout.plan is not None
+    streaming = replace(layout, streams=True)
+    if layout.plan.kernel != "walk" or is_rooted(trials[-1][0]):
+        return layout
+    for model, probe, allowed in trials:
+        tried = _shrink_windows(streaming) if model is trials[0][0] else streaming
+        if _try_layout(model, probe, tried, measure_stream)[0] > allowed:
+            return layout
+    return streaming
+
+
+@torch.no_grad()
+def verify_growth(model: nn.Module, layout: Layout) -> bool:
+    """Whether prompts that grow as a forest write, on a float32 twin, what plain passes find likeliest."""
+    if not layout.shares or is_rooted(model):
+        return False
+    twin = make_twin(model)
+    prompts = [sequence.token_ids for sequence in make_probe(twin.config.vocab_size)]
+    try:
+        grown = grow_forest(
+            twin, _shrink_windows(layout), prompts, 12, lambda places, ids: torch.zeros(len(places)) > 0
+        )
+    except Exception as error:  # the model's own code may fail in any way on inputs it does not know
+        log.warning("Prompts are continued one by one: %s: %s", type(error).__name__, error)
+        return False
+    wholes = [supervise_from(p + tuple(g.token_ids), len(p)) for p, g in zip(prompts, grown, strict=True)]
+    set_kernel(twin, "eager" if twin.config._attn_implementation == "eager" else "sdpa")
+    worst = max(
+        float((torch.tensor(each.logprobs) - expected.cpu()).abs().max())
+        for each, expected in zip(grown, single_logprobs(twin, wholes), strict=True)
+    )
+    return worst <= TWIN_TOLERANCE
 
 
 def _fall_back(twin: Any, probe: ListLike[Sequence]) -> Layout:

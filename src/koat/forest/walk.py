@@ -28,13 +28,15 @@ UNKNOWN = ("softcap", "s_aux", "position_bias")
 class Walk:
     """The pieces of a micro-batch (`position`, `subtree_end`: `[R, L]`), made once for each window.
 
-    In the layer `last_layer` only tokens marked in `asking [R, L]` need an answer.
+    In the layer `last_layer` only tokens marked in `asking [R, L]` need an answer. The first `num_cached` of the L
+    tokens ask nothing in any layer: their keys and values come from a cache.
     """
 
     position: Tensor
     subtree_end: Tensor
     asking: Tensor | None = None
     last_layer: int = -1
+    num_cached: int = 0
     made: dict[tuple[int | None, bool], list[Piece]] = field(default_factory=dict)
 
     def list_pieces(self, window: int | None, layer: int | None = None) -> list[Piece]:
@@ -47,19 +49,23 @@ class Walk:
             self.made[key] = [
                 piece
                 for row, mark in enumerate(marks)
-                for piece in cut_row(row, position[row], subtree_end[row], window, mark)
+                for piece in cut_row(row, position[row], subtree_end[row], window, mark, self.num_cached)
             ]
         return self.made[key]
 
 
 class WalkAttention(torch.autograd.Function):
-    """Attention of `query [R, H, L, D]` to `key`, `value` `[R, G, L, D]` (H a multiple of G), as `[R, L, H, D]`."""
+    """Attention of `query [R, H, L, D]` to `key`, `value` `[R, G, L, D]` (H a multiple of G), as `[R, L, H, D]`.
+
+    There may be more keys than queries, the cached ones first; such a pass has no gradient.
+    """
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, pieces: ListLike[Piece], scaling: float) -> Tensor:
         """Run each piece; a token in no piece is alone in its tree and gets its own value."""
         repeats = query.shape[1] // key.shape[1]
-        output = value.repeat_interleave(repeats, 1).transpose(1, 2).contiguous()
+        own = value[:, :, value.shape[2] - query.shape[2] :]
+        output = own.repeat_interleave(repeats, 1).transpose(1, 2).contiguous()
         sums = []
         for piece in pieces:
             part, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(

@@ -1,0 +1,62 @@
+"""A small float32 model of the same kind as another: what a layout is tried on first."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from koat.forest.score import unwrap
+
+TWIN_WINDOW = 8
+"""The twin's sliding window in tokens, where the family has one."""
+
+
+def make_twin(model: nn.Module) -> Any:
+    """Return a small float32 model of the same class: few layers, every layer type, a small window."""
+    causal = unwrap(model)
+    config = copy.deepcopy(causal.config)
+    types = list(getattr(config, "layer_types", None) or [])
+    num_layers = 2 if not types else min(4, max(2, max(types.index(kind) for kind in set(types)) + 1))
+    config.num_hidden_layers = min(num_layers, config.num_hidden_layers)
+    if types and len(config.layer_types) != config.num_hidden_layers:
+        config.layer_types = types[: config.num_hidden_layers]
+    if getattr(config, "sliding_window", None):
+        config.sliding_window = TWIN_WINDOW
+    config.vocab_size = min(config.vocab_size, 512)
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        setattr(config, name, None)
+    _shrink_rope(config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    state = torch.random.get_rng_state()
+    torch.manual_seed(0)
+    try:
+        twin = type(causal)._from_config(config, dtype=torch.float32)
+    finally:
+        torch.random.set_rng_state(state)
+    twin.config._attn_implementation = causal.config._attn_implementation
+    return twin.to(causal.device).eval()
+
+
+def _shrink_rope(config: Any) -> None:
+    """Bring the length at which some rotary scalings switch (longrope, dynamic) among the probe's lengths."""
+    rope = getattr(config, "rope_parameters", None)
+    if isinstance(rope, dict) and rope.get("rope_type") in {"longrope", "dynamic"}:
+        config.max_position_embeddings = 4 * TWIN_WINDOW
+        for holder in (config, rope):
+            if _read(holder, "original_max_position_embeddings"):
+                _write(holder, "original_max_position_embeddings", 3 * TWIN_WINDOW)
+
+
+def _read(holder: Any, name: str) -> Any:
+    return holder.get(name) if isinstance(holder, dict) else getattr(holder, name, None)
+
+
+def _write(holder: Any, name: str, value: Any) -> None:
+    if isinstance(holder, dict):
+        holder[name] = value
+    else:
+        setattr(holder, name, value)

@@ -1,0 +1,92 @@
+"""Prompts that grow as a forest write what transformers' own greedy search writes behind each prompt alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from peft import PromptTuningConfig, get_peft_model
+
+from koat.core.sequence import supervise_from
+from koat.forest.grow import grow_forest
+from koat.forest.verify import single_logprobs, verify_growth, verify_layout
+
+FAMILIES = ["gpt_neox", "llama", "mistral", "qwen2-window", "qwen3", "gpt2", "gemma2", "granite", "opt"]
+NUM_NEW = 10
+
+
+def draw_prompts(seed: int) -> list[tuple[int, ...]]:
+    """Return prompts of two articles, one prompt inside another, one twice, and a stranger."""
+    rng = np.random.default_rng(seed)
+
+    def draw(length: int) -> tuple[int, ...]:
+        return tuple(int(token) for token in rng.integers(2, 90, length))
+
+    articles = [draw(14), draw(9)]
+    prompts = [article + draw(int(rng.integers(1, 7))) for article in articles for _ in range(3)]
+    return [*prompts, articles[0], prompts[1], draw(5)]
+
+
+def write_singly(model, prompt: tuple[int, ...]) -> list[int]:
+    """Return what plain passes over the whole text find likeliest, token by token."""
+    ids = list(prompt)
+    model.config._attn_implementation = "eager" if model.config._attn_implementation == "eager" else "sdpa"
+    with torch.no_grad():
+        for _ in range(NUM_NEW):
+            ids.append(int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+def go_on(places: list[int], written: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(len(places), dtype=torch.bool)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_it_writes_what_single_prompts_are_continued_with(make_model, family: str) -> None:
+    model, prompts = make_model(family), draw_prompts(1)
+    layout, _ = verify_layout(model)
+    assert verify_growth(model, layout)
+    for budget in (4096, 40):
+        grown = grow_forest(model, layout, prompts, NUM_NEW, go_on, token_budget=budget)
+        assert [each.token_ids for each in grown] == [write_singly(model, prompt) for prompt in prompts]
+    wholes = [supervise_from(p + tuple(g.token_ids), len(p)) for p, g in zip(prompts, grown, strict=True)]
+    for each, expected in zip(grown, single_logprobs(model, wholes), strict=True):
+        assert each.logprobs == pytest.approx(expected.tolist(), rel=1e-5, abs=1e-5)
+
+
+def test_each_prompt_ends_at_its_own_token(make_model) -> None:
+    model, prompts = make_model("llama"), draw_prompts(2)
+    layout, _ = verify_layout(model)
+    whole = [each.token_ids for each in grow_forest(model, layout, prompts, NUM_NEW, go_on)]
+    lengths = [1 + number % NUM_NEW for number in range(len(prompts))]
+
+    def is_done(places: list[int], written: torch.Tensor) -> torch.Tensor:
+        return torch.tensor([written.shape[1] == lengths[place] for place in places])
+
+    cut = [each.token_ids for each in grow_forest(model, layout, prompts, NUM_NEW, is_done, token_budget=50)]
+    assert cut == [ids[:length] for ids, length in zip(whole, lengths, strict=True)]
+
+
+def test_what_prompts_share_goes_through_the_model_once(make_model) -> None:
+    model, article = make_model("llama"), tuple(range(2, 42))
+    prompts = [(*article, 50 + number, 60) for number in range(6)]
+    layout, _ = verify_layout(model)
+    seen: list[int] = []
+    handle = model.get_input_embeddings().register_forward_hook(lambda m, i, o: seen.append(o.shape[:-1].numel()))
+    grow_forest(model, layout, prompts, 3, go_on)
+    handle.remove()
+    assert seen == [40 + 6 * 2, 6, 6]
+
+
+def test_growth_is_refused_where_it_is_not_exact(make_model, monkeypatch) -> None:
+    """A soft prompt, a layout without sharing, and a mask that shows a prompt what its neighbour writes."""
+    model = make_model("llama")
+    layout, _ = verify_layout(model)
+    assert not verify_growth(model, replace(layout, plan=None))
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    assert not verify_growth(get_peft_model(make_model("llama"), config), layout)
+    ones = torch.ones
+    monkeypatch.setattr("koat.forest.grow.torch.eye", lambda size, **options: ones(size, size, **options))
+    assert not verify_growth(model, layout)
