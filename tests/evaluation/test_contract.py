@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from koat.evaluation.catalogue import load_task
 from koat.evaluation.contract import (
     Parts,
     compare_contracts,
@@ -19,7 +20,7 @@ from koat.evaluation.contract import (
     make_contract,
 )
 from koat.evaluation.harvest import Item, read_items
-from koat.evaluation.task import Task, load_task
+from koat.evaluation.task import Task
 from koat.forest.verify import make_padded, verify_layout
 
 TASK = load_task("nsmc-prompt1")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,20 +12,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.tiny_base import need_shared
-
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (extra `eval`)")
 
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from koat.core.errors import ConfigError, DataError
-from koat.core.settings import ModelSettings
 from koat.evaluation import spans
 from koat.evaluation.harness import HarnessOptions, KoatLM
 from koat.forest.verify import make_padded, verify_layout
-from koat.model import load_model, load_tokenizer
-from koat.workflows.harness import TASKS
 
 FAMILIES = ("gpt_neox", "llama", "gpt2", "qwen2")
 VOCABULARY = 400
@@ -250,65 +244,3 @@ def test_chat_templates_are_the_harness_own(make_model: Callable[..., Any], toke
     assert koat.chat_template(True) == peer.chat_template(True)
     assert koat.tokenizer_name == peer.tokenizer_name
     assert koat.describe().parts["template"] == "chat"
-
-
-# Real tasks ----------------------------------------------------------------------------------------------------
-
-REAL = (
-    "hellaswag", "arc_easy", "arc_challenge", "piqa", "openbookqa", "winogrande", "lambada", "lambada_rolling",
-    "truthfulqa_mc1", "truthfulqa_mc2", "mmlu_anatomy", "mmlu_world_religions", "gsm8k",
-    "kobest_boolq", "kobest_copa", "kobest_hellaswag", "kobest_sentineg", "kobest_wic",
-)  # fmt: skip
-
-
-def run_tasks(lm: Any, data: Path, **options: Any) -> dict[str, Any]:
-    """Run the local tasks through the harness' own evaluator."""
-    from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
-
-    manager = TaskManager(include_path=str(TASKS), include_defaults=False, metadata={"data_dir": str(data)})
-    tasks = [f"local_{name}" for name in REAL]
-    found: dict[str, Any] = simple_evaluate(
-        lm, tasks=tasks, task_manager=manager, bootstrap_iters=0, log_samples=True, **options
-    )
-    return found
-
-
-def pick_numbers(scores: dict[str, Any]) -> dict[str, float]:
-    """Return the metrics of a task's results."""
-    return {key: value for key, value in scores.items() if isinstance(value, float)}
-
-
-@pytest.mark.soak
-@pytest.mark.parametrize("base", ["nano", *FAMILIES])
-def test_real_tasks_come_out_as_with_the_harness_own(base: str, make_model: Callable[..., Any]) -> None:
-    """Every log-probability within 1e-3, texts and metrics equal; near-ties are listed."""
-    data = need_shared("data", "benchmarks")
-    tokenizer = load_tokenizer(ModelSettings(base="nano"))
-    if base == "nano":
-        model = load_model(ModelSettings(base="nano", dtype="float32", device="cpu"))
-    else:
-        long = {"n_positions": 2048} if base == "gpt2" else {"max_position_embeddings": 2048}
-        model = make_model(base, vocab_size=len(tokenizer), **long)
-    koat, peer = make_both(model, tokenizer, batch_size=1)
-    options = {"limit": 4, "num_fewshot": 1, "gen_kwargs": {"max_gen_toks": 16}}
-    ours, theirs = run_tasks(koat, data, **options), run_tasks(peer, data, **options)
-    worst, differing = 0.0, []
-    for task, samples in theirs["samples"].items():
-        for sample, found in zip(samples, ours["samples"][task], strict=True):
-            assert found["arguments"] == sample["arguments"]
-            for mine, expected in zip(found["filtered_resps"], sample["filtered_resps"], strict=True):
-                if isinstance(expected, str):
-                    assert mine == expected
-                elif isinstance(expected, float):
-                    assert mine == pytest.approx(expected, abs=1e-3 * max(1, abs(expected) / 1000))
-                else:
-                    worst = max(worst, abs(mine[0] - expected[0]))
-                    differing += [(task, mine, expected)] if mine[1] != expected[1] else []
-        expected_scores = pick_numbers(theirs["results"][task])
-        assert expected_scores
-        assert pick_numbers(ours["results"][task]) == pytest.approx(expected_scores, abs=1e-4, rel=1e-4)
-    print(f"{base}: largest difference of a log-probability {worst:.1e}; greedy flags that differ: {differing}")
-    assert worst < 1e-3
-    assert not differing
-    assert len(theirs["samples"]) >= 10

@@ -11,8 +11,9 @@ import pandas
 import pytest
 
 from koat.core.errors import DataError
+from koat.evaluation.catalogue import load_task
 from koat.evaluation.harvest import draw_shots, pick_pool, read_items, sample_items
-from koat.evaluation.task import adjust_task, load_task
+from koat.evaluation.task import adjust_task
 
 TASK = load_task("nsmc-prompt1")
 Write = Callable[..., str]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from koat.evaluation.metrics import score_accuracy, wilson_interval
+from koat.evaluation.metrics import score_accuracy, score_values, wilson_interval
 
 
 @pytest.mark.parametrize("num_items", [1, 2, 7, 150, 500, 5000])
@@ -39,3 +39,15 @@ def test_accuracy_carries_its_interval() -> None:
     # Worked by hand: z = 1.959964, centre (0.664 + 0.00384146) / 1.00768292, half-width 0.041248.
     assert (score.low, score.high) == (pytest.approx(0.6215, abs=1e-4), pytest.approx(0.7040, abs=1e-4))
     assert score.to_mapping()["name"] == "accuracy"
+
+
+def test_values_of_0_and_1_have_wilsons_interval_and_others_the_bootstraps() -> None:
+    share = score_values("acc", [1.0, 0.0, 0.0, 1.0, 1.0])
+    assert (share.value, share.low, share.high) == (0.6, *wilson_interval(3, 5))
+    values = list(np.random.default_rng(0).beta(2, 3, 400))
+    score = score_values("f1", values)
+    error = np.std(values) / 20
+    assert score.value == pytest.approx(np.mean(values))
+    assert (score.low, score.high) == pytest.approx((score.value - 1.96 * error, score.value + 1.96 * error), abs=0.003)
+    assert score == score_values("f1", values)
+    assert (score_values("f1", [0.4]).low, score_values("f1", [0.4]).high) == (0.0, 1.0)

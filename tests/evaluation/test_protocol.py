@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 
 from koat.core.errors import DataError
+from koat.evaluation.catalogue import load_task
 from koat.evaluation.harvest import Item, read_items
 from koat.evaluation.protocol import build_requests, check_labels, encode_requests, render_context
-from koat.evaluation.task import Task, load_task
+from koat.evaluation.task import Task
 
 FIRST, SECOND = load_task("nsmc-prompt1"), load_task("nsmc-prompt2")
 

@@ -11,10 +11,11 @@ import torch
 from koat.core.errors import ModelError
 from koat.core.sequence import supervise_from
 from koat.evaluation import scorer
+from koat.evaluation.catalogue import load_task
 from koat.evaluation.harvest import draw_shots, read_items
 from koat.evaluation.protocol import ChoiceRequest, build_requests
 from koat.evaluation.scorer import score_requests
-from koat.evaluation.task import adjust_task, load_task
+from koat.evaluation.task import adjust_task
 from koat.forest.verify import make_padded, verify_layout
 
 LABELS = {"0": " 부정", "1": " 긍정", "2": " 또 보고 싶다"}

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from koat.core.errors import ConfigError
-from koat.evaluation.task import adjust_task, list_tasks, load_task
+from koat.evaluation.catalogue import list_tasks, load_task
+from koat.evaluation.task import adjust_task
 
 OWN = """
 name: spam
@@ -23,7 +24,7 @@ def load_own(folder: Path, text: str) -> object:
 
 
 def test_every_task_that_ships_loads_under_its_name() -> None:
-    assert list_tasks() == ["nsmc-prompt1", "nsmc-prompt2"]
+    assert list_tasks() == ["context-qa", "leaderboard-2023", "nsmc-prompt1", "nsmc-prompt2"]
     for name in list_tasks():
         task = load_task(name)
         assert task.name == name
@@ -77,6 +78,7 @@ def test_an_own_task_has_sober_defaults(tmp_path: Path) -> None:
         ("name: spam", "name: spam\nscorings: [first-tokn]", "first-token"),
         ("name: spam", "name: spam\nnum_shots: -1", "num_shots"),
         ("name: spam", "name: spam\nnormalisation: per-word", "per-token"),
+        ("name: spam", "name: spam\nkind: answers", r"did you mean 'answer'.*choice, answer, group"),
     ],
 )
 def test_mistakes_in_an_own_task_are_named(tmp_path: Path, old: str, new: str, message: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from koat.core.errors import ConfigError
+from koat.evaluation import harness_tasks
 from koat.workflows import harness
 from tests.tiny_base import call_koat
 
@@ -136,7 +137,7 @@ def test_the_harness_own_options_are_its_own() -> None:
 
 
 def test_a_missing_harness_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(harness, "import_module", _refuse)
+    monkeypatch.setattr(harness_tasks, "import_module", _refuse)
     with pytest.raises(ConfigError, match=r"koat\[eval\]"):
         harness.import_harness()
 

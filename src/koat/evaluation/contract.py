@@ -29,26 +29,27 @@ class Parts:
     @property
     def hash(self) -> str:
         """Sixteen hexadecimal digits of the parts' SHA-256."""
-        return _hash(self.parts)
+        return hash_value(self.parts)
 
     def to_mapping(self) -> dict[str, Any]:
         """Return `hash` and `parts` as a JSON-safe mapping."""
         return {"hash": self.hash, "parts": dict(self.parts)}
 
 
-def _hash(value: Any) -> str:
+def hash_value(value: Any) -> str:
+    """Return sixteen hexadecimal digits of the SHA-256 of a JSON-safe value."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode("utf-8", errors="backslashreplace")).hexdigest()[:16]
 
 
 def fingerprint_items(items: Iterable[Item]) -> str:
     """Return a hash of items as they are asked: ids, cleaned fields and gold labels, in order."""
-    return _hash([[item.id, sorted(item.fields.items()), item.gold] for item in items])
+    return hash_value([[item.id, sorted(item.fields.items()), item.gold] for item in items])
 
 
 def fingerprint_source(items: Iterable[Item]) -> str:
     """Return a hash of what shots are drawn from: ids, fields as in the file, labels, in order."""
-    return _hash([[item.id, sorted(item.raw.items()), item.gold] for item in items])
+    return hash_value([[item.id, sorted(item.raw.items()), item.gold] for item in items])
 
 
 def make_contract(task: Task, items: Iterable[Item], shots_source: str | None, scoring: Scoring) -> Parts:
@@ -102,9 +103,9 @@ def fingerprint_tokenizer(tokenizer: Any) -> str:
     """Return a hash of what turns text into tokens; the padding and truncation of the moment do not count."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        return _hash([type(tokenizer).__name__, tokenizer.get_vocab(), tokenizer.all_special_tokens])
+        return hash_value([type(tokenizer).__name__, tokenizer.get_vocab(), tokenizer.all_special_tokens])
     state = json.loads(backend.to_str())
-    return _hash({key: value for key, value in state.items() if key not in ("padding", "truncation")})
+    return hash_value({key: value for key, value in state.items() if key not in ("padding", "truncation")})
 
 
 def describe_precision(model: nn.Module) -> str:
@@ -114,7 +115,7 @@ def describe_precision(model: nn.Module) -> str:
     quantised = getattr(causal.config, "quantization_config", None)
     if quantised is not None:
         settings = quantised if isinstance(quantised, dict) else quantised.to_dict()
-        weights = f"{weights}, quantised {_hash({key: str(value) for key, value in settings.items()})}"
+        weights = f"{weights}, quantised {hash_value({key: str(value) for key, value in settings.items()})}"
     if not torch.is_autocast_enabled(device):
         return weights
     return f"{weights}, autocast {str(torch.get_autocast_dtype(device)).removeprefix('torch.')}"

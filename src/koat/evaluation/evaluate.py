@@ -1,77 +1,33 @@
-"""Put a task to a model: items and shots in, scores with intervals and every prediction out."""
+"""Put a choice task to a model: items and shots in, scores with intervals and every prediction out."""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from koat.core.config import to_mapping
 from koat.core.errors import ConfigError
 from koat.evaluation.contract import Parts, describe_conditions, fingerprint_source, make_contract
 from koat.evaluation.harvest import Harvest, Item, draw_shots, pick_pool, read_items, sample_items
 from koat.evaluation.metrics import Score, score_accuracy
 from koat.evaluation.protocol import (
     ChoiceRequest,
-    KeptOut,
     LabelCheck,
     RequestSet,
     build_requests,
     check_labels,
 )
+from koat.evaluation.result import TaskResult, note_kept_out
 from koat.evaluation.scorer import ItemScore, Progress, ScoredRequests, score_requests
 from koat.evaluation.task import Scoring, Task, adjust_task
 from koat.forest.score import Layout, unwrap
 from koat.model import find_context_length
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class TaskResult:
-    """What came of one task: a score and a contract for each scoring, and every prediction.
-
-    `seconds` covers building the prompts, tokenising and scoring, not reading files. `num_tokens` counts each
-    choice with its whole context, `num_unique_tokens` what was computed.
-    """
-
-    task: Task
-    scores: dict[Scoring, Score]
-    predictions: list[dict[str, Any]]
-    contracts: dict[Scoring, Parts]
-    conditions: Parts
-    notes: list[str]
-    kept_out: list[KeptOut]
-    seconds: float
-    num_items: int
-    num_tokens: int
-    num_unique_tokens: int
-
-    @property
-    def seconds_per_item(self) -> float:
-        """Mean time of one item."""
-        return self.seconds / self.num_items
-
-    def to_mapping(self) -> dict[str, Any]:
-        """Return a JSON-safe mapping, predictions included."""
-        return {
-            "task": to_mapping(self.task),
-            "scores": {scoring: score.to_mapping() for scoring, score in self.scores.items()},
-            "contracts": {scoring: contract.to_mapping() for scoring, contract in self.contracts.items()},
-            "conditions": self.conditions.to_mapping(),
-            "notes": list(self.notes),
-            "kept_out": [asdict(entry) for entry in self.kept_out],
-            "seconds": self.seconds,
-            "seconds_per_item": self.seconds_per_item,
-            "num_items": self.num_items,
-            "num_tokens": self.num_tokens,
-            "num_unique_tokens": self.num_unique_tokens,
-            "predictions": self.predictions,
-        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +90,9 @@ def _summarise(
         log.warning("%s: %s", task.name, note)
     source = questions.shots_source
     return TaskResult(
-        task=task,
+        task=task.name,
+        num_shots=task.num_shots,
+        shot_seed=task.shot_seed,
         scores={scoring: _score(predictions, scoring, labels) for scoring in task.scorings},
         predictions=predictions,
         contracts={scoring: make_contract(task, items, source, scoring) for scoring in task.scorings},
@@ -142,7 +100,6 @@ def _summarise(
         notes=notes,
         kept_out=asked.kept_out,
         seconds=seconds,
-        num_items=len(items),
         num_tokens=scored.num_tokens,
         num_unique_tokens=scored.num_unique_tokens,
     )
@@ -194,15 +151,7 @@ def _note_items(found: Harvest, items: Sequence[Item], task: Task, path: str) ->
 
 
 def _note_overflow(asked: RequestSet) -> list[str]:
-    notes = []
-    if asked.kept_out:
-        shown = ", ".join(f"{entry.item_id} ({entry.num_tokens} tokens)" for entry in asked.kept_out[:5])
-        more = f" and {len(asked.kept_out) - 5} more" if len(asked.kept_out) > 5 else ""
-        notes.append(
-            f"{len(asked.kept_out)} items do not fit the model's context of "
-            f"{asked.kept_out[0].context_length} tokens and were not asked: {shown}{more}. "
-            f"The scores are over the other {len(asked.requests)}."
-        )
+    notes = note_kept_out(asked.kept_out, len(asked.requests))
     if asked.dropped_shots:
         notes.append(
             f"{len(asked.dropped_shots)} items were asked with fewer shots, to fit the model's context "

@@ -5,14 +5,17 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from koat.core.errors import DataError, suggest
 from koat.data.readers import clean_text, read_records
 from koat.data.records import Record
+from koat.evaluation.answer_task import AnswerTask
 from koat.evaluation.task import LABEL, Task
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +76,7 @@ def _make_item(name: str, record: Record, task: Task) -> Item | None:
     return Item(name, fields, raw, list(task.labels).index(label))
 
 
-def sample_items(items: Sequence[Item], task: Task) -> list[Item]:
+def sample_items(items: Sequence[T], task: Task | AnswerTask) -> list[T]:
     """Return the items that are asked: all in order, or a draw without replacement.
 
     The draw is the one of `pandas.DataFrame.sample(n, random_state=seed)`, so published subsets come out. A

@@ -8,6 +8,12 @@ from math import sqrt
 from statistics import NormalDist
 from typing import Any
 
+import numpy as np
+
+NUM_SAMPLES = 10_000
+BLOCK = 2_000_000
+"""Draws of the bootstrap that are held at once."""
+
 
 @dataclass(frozen=True, slots=True)
 class Score:
@@ -50,3 +56,35 @@ def score_accuracy(right: Sequence[bool], *, meaningful: bool = True) -> Score:
     num_right = sum(right)
     low, high = wilson_interval(num_right, len(right))
     return Score("accuracy", num_right / len(right), low, high, len(right), meaningful)
+
+
+def score_values(name: str, values: Sequence[float]) -> Score:
+    """Return the mean of items' values with its 95 % interval: Wilson's where all are 0 or 1, else the bootstrap's.
+
+    The bootstrap draws items (percentile interval); the same values give the same interval. One value alone says
+    nothing of the spread: it gets the whole range between 0 and 1.
+    """
+    if all(value in (0, 1) for value in values):
+        low, high = wilson_interval(sum(values), len(values))
+        return Score(name, sum(values) / len(values), low, high, len(values))
+    mean = float(np.mean(values))
+    if len(values) == 1:
+        return Score(name, mean, min(0.0, mean), max(1.0, mean), 1)
+    low, high = bootstrap_mean(values)
+    return Score(name, mean, low, high, len(values))
+
+
+def bootstrap_mean(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
+    """Return the percentile interval of the mean of values `[N]`, at least two of them."""
+    from scipy.stats import bootstrap
+
+    found = bootstrap(
+        (np.asarray(values, dtype=float),),
+        np.mean,
+        n_resamples=NUM_SAMPLES,
+        batch=max(1, BLOCK // len(values)),
+        confidence_level=confidence,
+        method="percentile",
+        random_state=0,
+    ).confidence_interval
+    return float(found.low), float(found.high)

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from importlib import resources
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from koat.core.config import Layer, Section, resolve, to_mapping
-from koat.core.config_files import read_config_file
-from koat.core.errors import ConfigError, suggest
+from koat.core.errors import suggest
 
 Scoring = Literal["first-token", "likelihood"]
 Count = Annotated[int, Field(gt=0)]
@@ -38,6 +35,7 @@ class ShotPool(Section):
 class Task(Section):
     """Everything that is asked of a model, and nothing about the model."""
 
+    kind: Literal["choice"] = Field("choice", description="One of several given answers is chosen.")
     name: str = Field(description="Name of the task.", min_length=1)
     title: Words = Field(Words(), description="A line for tables.")
     description: Words = Field(Words(), description="A sentence for reports.")
@@ -93,38 +91,6 @@ class Task(Section):
     def words(self) -> tuple[str, ...]:
         """The answers as words, without white space, in the order of `labels`."""
         return tuple(answer.strip() for answer in self.labels.values())
-
-
-def list_tasks() -> list[str]:
-    """Return the names of the tasks that ship."""
-    files = resources.files("koat.evaluation").joinpath("tasks").iterdir()
-    return sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml"))
-
-
-def load_task(name_or_path: str) -> Task:
-    """Load a task that ships, or one's own from a YAML file.
-
-    Raises ConfigError for an unknown name (with the nearest), an unknown key, or a value that cannot be.
-    """
-    path = Path(name_or_path)
-    if path.suffix in (".yaml", ".yml", ".json") or len(path.parts) > 1:
-        return _read_task(path, str(path))
-    if name_or_path not in list_tasks():
-        raise ConfigError(
-            f"there is no task {name_or_path!r}{suggest(name_or_path, list_tasks())}; there are: "
-            f"{', '.join(list_tasks())}. A task of your own is named by its file, for example ./task.yaml"
-        )
-    file = resources.files("koat.evaluation").joinpath("tasks", f"{name_or_path}.yaml")
-    with resources.as_file(file) as path:
-        return _read_task(path, name_or_path)
-
-
-def _read_task(path: Path, name: str) -> Task:
-    values = read_config_file(path)
-    try:
-        return resolve(Task, [Layer("task", values)]).settings
-    except ConfigError as error:
-        raise ConfigError(f"task {name}: {error}") from None
 
 
 def adjust_task(

@@ -3,119 +3,84 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable
 from collections.abc import Sequence as ListLike
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from koat.adapters.attach import restore_adapter
 from koat.core.atomic import write_json, write_text
-from koat.core.settings import ModelSettings
-from koat.evaluation.evaluate import TaskResult, evaluate_task
-from koat.evaluation.task import Task, adjust_task, load_task
-from koat.forest.score import Layout
-from koat.forest.verify import Verification, verify_layout
-from koat.model import load_model, load_tokenizer
-from koat.quantise.check import QuantisedCheck, check_quantised_layers
+from koat.evaluation.contract import hash_value
+from koat.evaluation.result import TaskResult
+from koat.workflows.asking import ASK, Asking
+from koat.workflows.exam import Exam, Key, describe_groups, gather_exam
 from koat.workflows.measure import Cost
-from koat.workflows.trained import find_trained, is_trained
+from koat.workflows.subject import Subject, load_subject, open_subject
+
+__all__ = ["Subject", "evaluate_subject", "load_subject", "open_subject"]
 
 OnProgress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Subject:
-    """What is evaluated: a model ready to run, and where its predictions belong."""
-
-    name: str
-    model: nn.Module
-    tokenizer: Any
-    layout: Layout
-    verification: Verification
-    predictions: Path
-    quantised: QuantisedCheck | None = None
-
-
-def open_subject(target: str, settings: ModelSettings | None = None, out: Path | None = None) -> Subject:
-    """Load what `target` names: a run folder, a PEFT adapter folder, or a base model.
-
-    `settings` says how the base is loaded; for an adapter its `base` overrides the one on record. Raises
-    KoatError when something is missing or does not fit.
-    """
-    if is_trained(Path(target)):
-        trained = find_trained(target, settings)
-        return load_subject(trained.name, trained.model, trained.folder, out or trained.predictions)
-    settings = with_base(settings, target)
-    name = re.sub(r"[^\w.-]+", "-", target).strip("-.") or "base"
-    return load_subject(name, settings, None, out or Path("evaluations") / name)
-
-
-def with_base(settings: ModelSettings | None, base: str) -> ModelSettings:
-    """Return the settings with `base` filled in."""
-    if settings is None:
-        return ModelSettings(base=base)
-    return settings.model_copy(update={"base": base})
-
-
-def load_subject(name: str, settings: ModelSettings, adapter: Path | None, predictions: Path) -> Subject:
-    """Load a base model with or without an adapter and verify how sequences go through it."""
-    tokenizer = load_tokenizer(settings)
-    model: nn.Module = load_model(settings)
-    quantised = check_quantised_layers(model)
-    if adapter is not None:
-        model = restore_adapter(model, adapter).eval()
-    layout, verification = verify_layout(model, settings.attention)
-    return Subject(name, model, tokenizer, layout, verification, predictions, quantised)
+LONGEST_NAME = 100
+"""Characters of a file's name; longer lists of tasks are told apart by a hash."""
 
 
 def evaluate_subject(
     subject: Subject,
     tasks: ListLike[str],
-    data: str,
-    shots: str | None,
+    data: str | None = None,
+    shots: str | None = None,
     *,
+    data_dir: str | Path | None = None,
+    include_path: str | Path | None = None,
     num_shots: int | None = None,
     limit: int | str | None = None,
     seed: int | None = None,
+    chat_template: bool = False,
     token_budget: int = 8192,
     precision: str = "auto",
     on_progress: OnProgress = lambda task, done, total: None,
 ) -> dict[str, Any]:
-    """Evaluate one model on several tasks, keep every prediction, and return all scores as a mapping."""
-    adjusted = [adjust_task(load_task(name), num_shots=num_shots, limit=limit, seed=seed) for name in tasks]
+    """Evaluate one model on tasks, keep every prediction, and return all scores as a mapping.
+
+    A task is one of koat's own (`data` holds its items, `shots` its examples), or any task or group of
+    lm-evaluation-harness: its own, koat's over the files in `data_dir`, or one in the folder `include_path`.
+    Raises KoatError for what the caller can mend.
+    """
+    asking = Asking(
+        data, shots, Path(data_dir) if data_dir else None, Path(include_path) if include_path else None,
+        num_shots, limit, seed, chat_template, token_budget,
+    )  # fmt: skip
+    return evaluate_exam(subject, gather_exam(tasks, asking), precision=precision, on_progress=on_progress)
+
+
+def evaluate_exam(
+    subject: Subject,
+    exam: Exam,
+    *,
+    precision: str = "auto",
+    on_progress: OnProgress = lambda task, done, total: None,
+) -> dict[str, Any]:
+    """Put every task of an exam to one model; as `evaluate_subject` does, which gathers the exam first."""
+    found: dict[Key, TaskResult] = {}
     results = []
-    for task in adjusted:
+    for key, task in exam.tasks.items():
         with Cost(next(subject.model.parameters()).device) as cost, compute_in(precision, subject.model):
-            found = evaluate_task(
-                subject.model,
-                subject.layout,
-                subject.tokenizer,
-                task,
-                data,
-                shots,
-                token_budget=token_budget,
-                on_progress=report_for(task, on_progress),
-            )
-        summary = {key: value for key, value in found.to_mapping().items() if key != "predictions"}
-        summary |= {"task": task.name, "num_shots": task.num_shots, "shot_seed": task.shot_seed}
-        results.append({**summary, "peak_bytes": cost.peak_bytes})
-        keep_predictions(subject, task, found)
+            found[key] = ASK[type(task)](subject, task, exam.asking, report_for(task.name, on_progress))
+        results.append({**found[key].to_mapping(), "peak_bytes": cost.peak_bytes})
+        keep_predictions(subject, found[key])
     report: dict[str, Any] = {"subject": subject.name, "forest": subject.verification.to_mapping(), "results": results}
+    report |= {"groups": describe_groups(exam, found), "notes": exam.notes}
     report["quantisation"] = subject.quantised.to_mapping() if subject.quantised else None
-    stem = "-".join(dict.fromkeys(task_stem(task) for task in adjusted))
-    write_json(subject.predictions / f"{stem[:100]}.scores.json", report)
+    write_json(subject.predictions / f"{name_report(exam.names, found)}.scores.json", report)
     return report
 
 
-def report_for(task: Task, on_progress: OnProgress) -> Callable[[int, int], None]:
+def report_for(name: str, on_progress: OnProgress) -> Callable[[int, int], None]:
     """Return a progress callback that knows its task."""
-    return lambda done, total: on_progress(task.name, done, total)
+    return lambda done, total: on_progress(name, done, total)
 
 
 def compute_in(precision: str, model: nn.Module) -> AbstractContextManager[Any]:
@@ -124,13 +89,23 @@ def compute_in(precision: str, model: nn.Module) -> AbstractContextManager[Any]:
     return torch.autocast(device, torch.bfloat16) if precision == "bfloat16" else nullcontext()
 
 
-def task_stem(task: Task) -> str:
+def task_stem(result: TaskResult) -> str:
     """Return a file name that tells a task's variants apart."""
-    return f"{task.name}-{task.num_shots}shot-seed{task.shot_seed}"
+    seed = "" if result.shot_seed is None else f"-seed{result.shot_seed}"
+    return f"{result.task}-{result.num_shots}shot{seed}"
 
 
-def keep_predictions(subject: Subject, task: Task, found: TaskResult) -> None:
+def name_report(names: ListLike[str], found: dict[Key, TaskResult]) -> str:
+    """Return the name of the file of scores: all tasks, or what was asked for where those are too many."""
+    stem = "-".join(task_stem(result) for result in found.values())
+    if len(stem) <= LONGEST_NAME:
+        return stem
+    asked = "-".join(Path(name).stem for name in names)
+    return f"{asked[: LONGEST_NAME - 9]}-{hash_value(stem)[:8]}"
+
+
+def keep_predictions(subject: Subject, found: TaskResult) -> None:
     """Write every prediction as a JSON line, with the contracts they stand under."""
     contracts = {scoring: parts.hash for scoring, parts in found.contracts.items()}
     lines = [json.dumps({**row, "contracts": contracts}, ensure_ascii=False) for row in found.predictions]
-    write_text(subject.predictions / f"{task_stem(task)}.jsonl", "\n".join(lines) + "\n")
+    write_text(subject.predictions / f"{task_stem(found)}.jsonl", "\n".join(lines) + "\n")

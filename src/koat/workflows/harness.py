@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -13,23 +12,16 @@ import torch
 from koat.core.config import Layer, resolve
 from koat.core.errors import ConfigError, suggest
 from koat.core.settings import ModelSettings
-from koat.workflows.evaluate import Subject, open_subject
+from koat.evaluation.harness_tasks import TASKS, drop_advice, import_lm_eval
+from koat.workflows.subject import Subject, open_subject
 
 NAME = "koat"
 """What `--model` calls it."""
-TASKS = Path(__file__).parent.parent / "evaluation" / "lm_tasks"
-"""Tasks over local files, in lm-evaluation-harness' own format."""
 
 
 def import_harness() -> Any:
     """Import koat's model of the harness. Raises ConfigError when the extra is not installed."""
-    try:
-        import_module("lm_eval")
-    except ImportError as error:
-        raise ConfigError(
-            f"lm-evaluation-harness is not installed ({error}). Install it: pip install 'koat[eval]'"
-        ) from error
-    return import_module("koat.evaluation.harness")
+    return import_lm_eval("koat.evaluation.harness")
 
 
 def make_lm(subject: Subject, options: Any = None) -> Any:
@@ -101,7 +93,7 @@ def run_harness(arguments: list[str], data_dir: Path | None) -> None:
     register_model()
     command_line = import_module("lm_eval._cli").HarnessCLI()
     import_module("lm_eval.utils").setup_logging()
-    logging.getLogger("lm_eval.api.task").addFilter(_drop_advice)
+    drop_advice()
     before, sys.argv = sys.argv, ["lm-eval", *arguments]
     try:
         parsed = command_line.parse_args()
@@ -117,11 +109,6 @@ def run_harness(arguments: list[str], data_dir: Path | None) -> None:
         if not str(error).startswith("Tasks not found"):
             raise
         raise ConfigError(_explain_unknown(str(error), parsed.include_path)) from error
-
-
-def _drop_advice(record: logging.LogRecord) -> bool:
-    """Drop the remark that every task with data of its own makes, 57 times for MMLU."""
-    return "Custom kwargs can be passed" not in record.getMessage()
 
 
 def _explain_unknown(message: str, folders: list[str]) -> str:

@@ -1,0 +1,222 @@
+"""Put an answer task to a model: it writes an answer to each question on a text, and the answers are compared."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from koat.core.errors import DataError
+from koat.data.prompts import BUILTIN_TEMPLATES, PromptTemplate, resolve_template
+from koat.data.readers import read_records
+from koat.data.records import Record
+from koat.data.tokens import encode_prompts
+from koat.evaluation.answer_task import AnswerTask
+from koat.evaluation.answers import METRICS, score_answer
+from koat.evaluation.continuations import Ending, continue_prompts
+from koat.evaluation.contract import Parts, describe_conditions, hash_value
+from koat.evaluation.harvest import sample_items
+from koat.evaluation.metrics import score_values
+from koat.evaluation.protocol import KeptOut
+from koat.evaluation.result import TaskResult, note_kept_out
+from koat.evaluation.scorer import Progress
+from koat.forest.root import take_root
+from koat.forest.score import Layout, unwrap
+from koat.model import find_context_length
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A question on a text and its right answers."""
+
+    id: str
+    record: Record
+    answers: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """The questions that fit the model's context with the prompts of each, and those that do not."""
+
+    questions: list[Question]
+    prompts: list[tuple[int, ...]]
+    kept_out: list[KeptOut]
+
+
+def evaluate_answers(
+    model: nn.Module,
+    layout: Layout,
+    tokenizer: Any,
+    task: AnswerTask,
+    data_path: str,
+    *,
+    template: PromptTemplate | None = None,
+    token_budget: int = 8192,
+    on_progress: Progress | None = None,
+) -> TaskResult:
+    """Let a model answer the questions of a file, greedily, and compare its answers with the right ones.
+
+    `template` is the one the model was trained with; None takes the task's own. Questions that do not fit the
+    model's context with the longest answer are kept out and listed. Raises DataError for what cannot be asked.
+    """
+    template = (template or resolve_template(task.template)[0]).bind(tokenizer)
+    found = read_questions(data_path)
+    questions = sample_items(found, task)
+    started = time.perf_counter()
+    asked = build_prompts(task, questions, template, tokenizer, find_room(model))
+    written = _write_answers(model, layout, tokenizer, task, asked, token_budget, on_progress)
+    seconds = time.perf_counter() - started
+    notes = note_kept_out(asked.kept_out, len(asked.questions))
+    if task.items != "all" and task.items > len(found):
+        notes.append(f"{task.items} items were asked for; {data_path} has {len(found)}, and all of them were taken.")
+    for note in notes:
+        log.warning("%s: %s", task.name, note)
+    cut = f"{len(asked.kept_out)} items kept out" if asked.kept_out else "none"
+    conditions = describe_conditions(model, layout, tokenizer, truncation=cut, template=name_template(template))
+    texts = [read_answer(task, ids, tokenizer) for ids in written]
+    num_tokens = sum(map(len, asked.prompts)) + sum(map(len, written))
+    return _summarise(task, asked, texts, conditions, notes, seconds, num_tokens)
+
+
+def _summarise(
+    task: AnswerTask,
+    asked: Asked,
+    texts: Sequence[str],
+    conditions: Parts,
+    notes: list[str],
+    seconds: float,
+    num_tokens: int,
+) -> TaskResult:
+    predictions = [predict_answer(*pair) for pair in zip(asked.questions, texts, strict=True)]
+    return TaskResult(
+        task=task.name,
+        num_shots=0,
+        shot_seed=None,
+        scores={name: score_values(name, [row["correct"][name] for row in predictions]) for name in METRICS},
+        predictions=predictions,
+        contracts={name: make_answer_contract(task, asked.questions, name) for name in METRICS},
+        conditions=conditions,
+        notes=notes,
+        kept_out=asked.kept_out,
+        seconds=seconds,
+        num_tokens=num_tokens,
+        num_unique_tokens=num_tokens,
+    )
+
+
+def read_questions(path: str) -> list[Question]:
+    """Read questions from a file in the format of SQuAD and KorQuAD. Raises DataError for any other."""
+    records = read_records(path, format="squad").records
+    ids = [record.fields["id"] for record in records]
+    if "" in ids or len(set(ids)) < len(ids):
+        ids = [str(number) for number in range(1, len(records) + 1)]
+    answers = [tuple(json.loads(record.fields["answers"])) for record in records]
+    return [Question(*parts) for parts in zip(ids, records, answers, strict=True)]
+
+
+def find_room(model: nn.Module) -> int | None:
+    """Return how many tokens of text a model sees at once: a soft prompt takes its own; None: no limit is known."""
+    length = find_context_length(unwrap(model).config)
+    with torch.no_grad():
+        root = take_root(model, 1)
+    return length - (root.num_tokens if root else 0) if length else None
+
+
+def build_prompts(
+    task: AnswerTask, questions: Sequence[Question], template: PromptTemplate, tokenizer: Any, room: int | None
+) -> Asked:
+    """Turn questions into prompts of at most `room` tokens with the longest answer; longer ones are kept out.
+
+    Raises DataError when none fits.
+    """
+    encoded = encode_prompts([template.render_prompt(each.record) for each in questions], tokenizer)
+    asked = Asked([], [], [])
+    for question, ids in zip(questions, encoded, strict=True):
+        if room is not None and len(ids) + task.max_new_tokens > room:
+            asked.kept_out.append(KeptOut(question.id, len(ids) + task.max_new_tokens, room))
+        else:
+            asked.questions.append(question)
+            asked.prompts.append(tuple(ids))
+    if not asked.questions:
+        shortest = min(entry.num_tokens for entry in asked.kept_out)
+        raise DataError(
+            f"none of the {len(questions)} questions of {task.name!r} fits the model's context of {room} tokens; the "
+            f"shortest has {shortest}, with {task.max_new_tokens} for the answer. Take a model with a longer context."
+        )
+    return asked
+
+
+def _write_answers(
+    model: nn.Module,
+    layout: Layout,
+    tokenizer: Any,
+    task: AnswerTask,
+    asked: Asked,
+    token_budget: int,
+    on_progress: Progress | None,
+) -> list[tuple[int, ...]]:
+    num_done = 0
+
+    def show(num_new: int) -> None:
+        nonlocal num_done
+        num_done += num_new
+        if on_progress is not None:
+            on_progress(num_done, len(asked.prompts))
+
+    ending = Ending(task.until, task.max_new_tokens, {"do_sample": False})
+    return continue_prompts(
+        model, layout, tokenizer, asked.prompts, ending, token_budget=token_budget, on_progress=show
+    )
+
+
+def read_answer(task: AnswerTask, written: Sequence[int], tokenizer: Any) -> str:
+    """Return what was written as text, up to the first text that ends an answer."""
+    text = str(tokenizer.decode(list(written), skip_special_tokens=True))
+    ends = [place for end in task.until if (place := text.find(end)) >= 0]
+    return text[: min(ends, default=len(text))].strip()
+
+
+def predict_answer(question: Question, text: str) -> dict[str, Any]:
+    """Return the record of one prediction: article, question, right answers, what was written, scores."""
+    fields = question.record.fields
+    return {
+        "id": question.id,
+        "text": {"title": fields["title"], "question": fields["question"]},
+        "gold": question.answers[0],
+        "golds": list(question.answers),
+        "predicted": dict.fromkeys(METRICS, text),
+        "correct": score_answer(text, question.answers),
+    }
+
+
+def make_answer_contract(task: AnswerTask, questions: Sequence[Question], metric: str) -> Parts:
+    """Pin what a score means; the words around article and question are a condition, as every model has its own."""
+    asked = [
+        [each.id, each.record.fields["context"], each.record.fields["question"], each.answers] for each in questions
+    ]
+    return Parts(
+        {
+            "items": {"num": len(questions), "fingerprint": hash_value(asked)},
+            "shots": {"num": 0},
+            "prompt": {"source": "article and question"},
+            "normalisation": "KorQuAD 1.0",
+            "scoring": {"by": "greedy text", "until": task.until, "max_new_tokens": task.max_new_tokens},
+            "metric": metric,
+        }
+    )
+
+
+def name_template(template: PromptTemplate) -> str:
+    """Return a template's name; one that does not ship is told apart by a hash."""
+    known = BUILTIN_TEMPLATES.get(template.name)
+    if known is not None and known.to_mapping() == template.to_mapping():
+        return template.name
+    return f"{template.name} ({hash_value(template.to_mapping())[:8]})"

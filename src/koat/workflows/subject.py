@@ -1,0 +1,66 @@
+"""What is evaluated: a base model, a run of koat's, or an adapter that PEFT saved, opened by its name."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from koat.adapters.attach import restore_adapter
+from koat.core.settings import ModelSettings
+from koat.data.prompts import PromptTemplate
+from koat.forest.score import Layout
+from koat.forest.verify import Verification, verify_layout
+from koat.model import load_model, load_tokenizer
+from koat.quantise.check import QuantisedCheck, check_quantised_layers
+from koat.workflows.trained import find_trained, is_trained
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A model ready to run, where its predictions belong, and the prompt template it was trained with, if any."""
+
+    name: str
+    model: nn.Module
+    tokenizer: Any
+    layout: Layout
+    verification: Verification
+    predictions: Path
+    quantised: QuantisedCheck | None = None
+    template: PromptTemplate | None = None
+
+
+def open_subject(target: str, settings: ModelSettings | None = None, out: Path | None = None) -> Subject:
+    """Load what `target` names: a run folder, a PEFT adapter folder, or a base model.
+
+    `settings` says how the base is loaded; for an adapter its `base` overrides the one on record. Raises
+    KoatError when something is missing or does not fit.
+    """
+    if is_trained(Path(target)):
+        trained = find_trained(target, settings)
+        subject = load_subject(trained.name, trained.model, trained.folder, out or trained.predictions)
+        return replace(subject, template=trained.read_template())
+    settings = with_base(settings, target)
+    name = re.sub(r"[^\w.-]+", "-", target).strip("-.") or "base"
+    return load_subject(name, settings, None, out or Path("evaluations") / name)
+
+
+def with_base(settings: ModelSettings | None, base: str) -> ModelSettings:
+    """Return the settings with `base` filled in."""
+    if settings is None:
+        return ModelSettings(base=base)
+    return settings.model_copy(update={"base": base})
+
+
+def load_subject(name: str, settings: ModelSettings, adapter: Path | None, predictions: Path) -> Subject:
+    """Load a base model with or without an adapter and verify how sequences go through it."""
+    tokenizer = load_tokenizer(settings)
+    model: nn.Module = load_model(settings)
+    quantised = check_quantised_layers(model)
+    if adapter is not None:
+        model = restore_adapter(model, adapter).eval()
+    layout, verification = verify_layout(model, settings.attention)
+    return Subject(name, model, tokenizer, layout, verification, predictions, quantised)

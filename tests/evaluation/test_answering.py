@@ -1,0 +1,148 @@
+"""Questions on a text: what is asked, what a model writes, what counts, and what does not fit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from koat.core.errors import ConfigError, DataError
+from koat.data.prompts import KOAT
+from koat.data.templates import TextTemplate
+from koat.evaluation.answer_task import AnswerTask, adjust_answers
+from koat.evaluation.answering import build_prompts, evaluate_answers, name_template, read_answer, read_questions
+from koat.evaluation.answers import score_answer
+from koat.evaluation.catalogue import load_task
+from koat.forest.verify import verify_layout
+from tests.evaluation.conftest import VOCABULARY
+
+TASK = AnswerTask(name="own-qa", max_new_tokens=6)
+ARTICLES = {
+    "영화": ("최고의 영화 ㅋㅋ 감동 그 자체", [("영화는?", ["최고", "최고의 영화"]), ("감동은?", ["그 자체"])]),
+    "결말": ("최악의 결말 1점. " * 4, [("결말은?", ["최악"]), ("몇 점?", ["1점"])]),
+}
+
+
+@pytest.fixture
+def questions(tmp_path: Path) -> str:
+    """A file of two articles with two questions each, in KorQuAD's format."""
+    data = [
+        {
+            "title": title,
+            "paragraphs": [
+                {
+                    "context": context,
+                    "qas": [
+                        {"id": f"{title}-{number}", "question": asked, "answers": [{"text": text} for text in golds]}
+                        for number, (asked, golds) in enumerate(listed)
+                    ],
+                }
+            ],
+        }
+        for title, (context, listed) in ARTICLES.items()
+    ]
+    (tmp_path / "qa.json").write_text(json.dumps({"data": data}, ensure_ascii=False), encoding="utf-8")
+    return str(tmp_path / "qa.json")
+
+
+def write_singly(model: Any, tokenizer: Any, prompt: str, num_new: int) -> str:
+    """The oracle: one plain pass per token."""
+    ids = tokenizer(prompt).input_ids
+    start = len(ids)
+    for _ in range(num_new):
+        ids.append(int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+    return str(tokenizer.decode(ids[start:], skip_special_tokens=True))
+
+
+def test_answers_are_greedy_and_every_prediction_is_kept(
+    model: Any, tokenizer: Any, questions: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout, _ = verify_layout(model)
+    shown: list[tuple[int, int]] = []
+    result = evaluate_answers(
+        model, layout, tokenizer, TASK, questions, token_budget=300, on_progress=lambda *pair: shown.append(pair)
+    )
+    assert [row["id"] for row in result.predictions] == ["영화-0", "영화-1", "결말-0", "결말-1"]
+    for row, (title, asked, golds) in zip(
+        result.predictions, [(t, *pair) for t, (_, listed) in ARTICLES.items() for pair in listed], strict=True
+    ):
+        prompt = f"### 맥락: {ARTICLES[title][0]}\n\n### 질문: {asked}\n\n### 답변:"
+        text = write_singly(model, tokenizer, prompt, 6).split("\n")[0].strip()
+        assert row["text"] == {"title": title, "question": asked}
+        assert (row["gold"], row["golds"]) == (golds[0], golds)
+        assert row["predicted"] == {"exact_match": text, "f1": text}
+        assert row["correct"] == score_answer(text, golds)
+    mean = sum(row["correct"]["f1"] for row in result.predictions) / 4
+    assert result.scores["f1"].value == pytest.approx(mean)
+    assert result.scores["f1"].low <= mean <= result.scores["f1"].high
+    assert shown[-1] == (4, 4)
+    assert result.conditions.parts["template"] == "koalpaca-context"
+    assert json.loads(json.dumps(result.to_mapping(), allow_nan=False))["num_items"] == 4
+
+
+def test_the_run_s_template_is_a_condition_and_the_metric_part_of_the_contract(
+    model: Any, tokenizer: Any, questions: str
+) -> None:
+    layout, _ = verify_layout(model)
+    found = [evaluate_answers(model, layout, tokenizer, TASK, questions, template=each) for each in (None, KOAT)]
+    assert found[0].contracts == found[1].contracts
+    assert [each.conditions.parts["template"] for each in found] == ["koalpaca-context", "koat"]
+    parts = found[0].contracts["exact_match"].parts
+    assert [part for part in parts if parts[part] != found[0].contracts["f1"].parts[part]] == ["metric"]
+    longer = evaluate_answers(model, layout, tokenizer, TASK.model_copy(update={"max_new_tokens": 7}), questions)
+    assert longer.contracts["f1"].hash != found[0].contracts["f1"].hash
+    own = TextTemplate("koat", ("{context} {question}",))
+    assert name_template(own).startswith("koat (")
+
+
+def test_a_question_that_does_not_fit_is_kept_out_and_told(
+    make_model: Callable[..., Any], tokenizer: Any, questions: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = build_prompts(TASK, read_questions(questions), KOAT, tokenizer, None)
+    lengths = [len(ids) for ids in asked.prompts]
+    room = sorted(lengths)[1] + TASK.max_new_tokens
+    short = make_model("llama", vocab_size=VOCABULARY, max_position_embeddings=room)
+    layout, _ = verify_layout(short)
+    result = evaluate_answers(short, layout, tokenizer, TASK, questions, template=KOAT)
+    assert [entry.num_tokens for entry in result.kept_out] == [n + 6 for n in lengths if n + 6 > room]
+    assert result.num_items == 2
+    assert result.conditions.parts["truncation"] == "2 items kept out"
+    assert "2 items do not fit" in result.notes[0]
+    assert result.notes[0] in caplog.text
+    with pytest.raises(DataError, match="none of the 4 questions"):
+        build_prompts(TASK, read_questions(questions), KOAT, tokenizer, 10)
+
+
+def test_an_answer_ends_at_the_first_stop(tokenizer: Any) -> None:
+    task = TASK.model_copy(update={"until": ["\n", "감정"]})
+    for text, expected in [(" 긍정\n부정", "긍정"), ("영화 감정 긍정\n", "영화"), ("\n긍정", ""), (" 긍정", "긍정")]:
+        assert read_answer(task, tokenizer(text).input_ids, tokenizer) == expected
+
+
+def test_a_draw_is_smaller_and_repeats(model: Any, tokenizer: Any, questions: str) -> None:
+    layout, _ = verify_layout(model)
+    drawn = [
+        evaluate_answers(model, layout, tokenizer, adjust_answers(TASK, 2), questions).predictions for _ in range(2)
+    ]
+    assert drawn[0] == drawn[1]
+    assert len(drawn[0]) == 2
+    many = evaluate_answers(model, layout, tokenizer, adjust_answers(TASK, 9), questions)
+    assert "9 items were asked for" in many.notes[0]
+    with pytest.raises(ConfigError, match="items"):
+        adjust_answers(TASK, 0)
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"instruction": "가", "output": "나"}\n', encoding="utf-8")
+    with pytest.raises(DataError, match="context"):
+        read_questions(str(tmp_path / "rows.jsonl"))
+
+
+def test_the_task_that_ships_asks_korquad() -> None:
+    task = load_task("context-qa")
+    assert isinstance(task, AnswerTask)
+    assert (task.template, task.until, task.items) == ("koalpaca-context", ["\n"], "all")
