@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
+from koat.evaluation.differences import PHRASES, explain_differences
 from koat.report.sentences import (
+    PHRASES_KO,
     TESTS_KO,
     format_p,
     format_points,
@@ -14,6 +16,7 @@ from koat.report.sentences import (
     say_comparison,
     say_conditions,
     say_needed,
+    say_reasons,
     say_refusal,
     say_smallest,
 )
@@ -75,7 +78,22 @@ def test_the_smallest_difference_and_the_conditions() -> None:
     assert say_conditions({**FOUND, "conditions": {}}) == ""
 
 
-@pytest.mark.parametrize("language", ["en", "ko"])
-def test_a_refusal_names_its_reason(language: Any) -> None:
-    refusal = {"task": "arc", "left": "A", "right": "B", "reasons": ["acc against acc_norm: another metric"]}
-    assert "acc against acc_norm: another metric" in say_refusal(refusal, language)
+REFUSAL = {"task": "arc", "left": "A", "right": "B", "reasons": ["acc against acc_norm: another metric"]}
+
+
+def test_a_refusal_names_its_reason() -> None:
+    assert say_refusal(REFUSAL) == "A and B are not ranked on arc: acc against acc_norm: another metric."
+    assert say_refusal(REFUSAL, "ko") == "A / B: arc의 순위를 매기지 않음. acc 대 acc_norm: 지표가 다름."
+
+
+def test_every_reason_has_its_korean() -> None:
+    assert PHRASES_KO.keys() == PHRASES.keys()
+    left = {name: f"{name}-1" for name in PHRASES}
+    right = {name: f"{name}-2" for name in PHRASES}
+    for name, reason in explain_differences(left, right).items():
+        assert say_reasons([reason], "ko") == f"{name}-1 대 {name}-2: {PHRASES_KO[name]}"
+    assert say_reasons(["500 against 400: other items, 12 of them in common"], "ko") == (
+        "500 대 400: 문항이 다름, 공통 12개"
+    )
+    missing = explain_differences({"shots": 5, "colour": "red"}, {})
+    assert say_reasons(missing.values(), "ko") == "예시가 다름: 한쪽은 밝히지 않음; colour: 다름: 한쪽은 밝히지 않음"

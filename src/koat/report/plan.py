@@ -17,7 +17,7 @@ def print_plan(plan: dict[str, Any], tokens: int) -> None:
         ("trained parameters", f"{plan['trainable_parameters']:,}  ({plan['trainable_share']:.4%})"),
         (f"frozen weights ({plan['dtype']})", format_bytes(plan["weight_bytes"])),
         *([("  of these, scales and tables", format_bytes(state))] if state else []),
-        ("adapter", format_bytes(plan["adapter_bytes"])),
+        ("trained weights", format_bytes(plan["adapter_bytes"])),
         ("gradients", format_bytes(plan["gradient_bytes"])),
         ("optimizer", format_bytes(plan["optimizer_bytes"])),
         (f"activations of {tokens:,} tokens", format_bytes(plan["activation_bytes"])),
@@ -25,7 +25,7 @@ def print_plan(plan: dict[str, Any], tokens: int) -> None:
         ("  workspace of the backward pass", format_bytes(plan["workspace_bytes"])),
         ("memory while training, about", format_bytes(plan["peak_bytes"])),
         ("memory while scoring, about", format_bytes(plan["evaluation_peak_bytes"])),
-        ("disk: adapter and checkpoints", format_bytes(plan["disk_bytes"])),
+        ("disk: result and checkpoints", format_bytes(plan["disk_bytes"])),
     ]
     print_table(make_table(f"Plan: {plan['method']}", ("", ""), [*rows, *list_pace(plan["pace"])]))
     for remark in plan["remarks"]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from math import ceil, floor, log10
-from typing import Any, Literal
+from typing import Any
 
-Language = Literal["en", "ko"]
+from koat.evaluation.differences import PHRASES
+from koat.report.words import Language
+
 MILLION = 1_000_000
 TEMPLATES: dict[Language, dict[str, str]] = {
     "en": {
@@ -46,6 +49,22 @@ TESTS_KO = {
     "chi-square, unpaired": "카이제곱 검정, 짝짓지 않음",
     "Fisher's exact test, unpaired": "피셔의 정확 검정, 짝짓지 않음",
 }
+PHRASES_KO = {
+    "items": "문항이 다름",
+    "shots": "예시가 다름",
+    "prompt": "프롬프트가 다름",
+    "labels": "답이 되는 말이 다름",
+    "normalisation": "정규화가 다름",
+    "scoring": "답을 읽는 방식이 다름",
+    "metric": "지표가 다름",
+    "tokenizer": "토크나이저가 다름",
+    "template": "프롬프트를 둘러싼 템플릿이 다름",
+    "truncation": "자르는 방식이 다름",
+    "precision": "정밀도가 다름",
+    "layout": "배치 방식이 다름",
+    "koat": "koat의 버전이 다름",
+}
+"""What `koat.evaluation.differences` says of each part that differs."""
 
 
 def say_comparison(comparison: Mapping[str, Any], num_comparisons: int, language: Language = "en") -> str:
@@ -91,14 +110,26 @@ def say_smallest(comparison: Mapping[str, Any], language: Language = "en") -> st
 
 def say_conditions(comparison: Mapping[str, Any], language: Language = "en") -> str:
     """Return how the conditions of the two differ, empty where they do not."""
-    parts = "; ".join(comparison["conditions"].values())
+    parts = say_reasons(comparison["conditions"].values(), language)
     return TEMPLATES[language]["conditions"].format(parts=parts) if parts else ""
 
 
 def say_refusal(refusal: Mapping[str, Any], language: Language = "en") -> str:
     """Return why two scores are not ranked."""
-    reasons = "; ".join(refusal["reasons"])
+    reasons = say_reasons(refusal["reasons"], language)
     return TEMPLATES[language]["refused"].format(**{**refusal, "reasons": reasons})
+
+
+def say_reasons(reasons: Iterable[str], language: Language = "en") -> str:
+    """Return in what two contracts, or two sets of conditions, differ."""
+    joined = "; ".join(reasons)
+    if language == "en":
+        return joined
+    for part, phrase in PHRASES.items():
+        joined = re.sub(rf"\b{phrase}\b", PHRASES_KO[part], joined)
+    joined = re.sub(r"\banother (\w+)(?=;|: one|$)", r"\1: 다름", joined)
+    joined = joined.replace("one of the two does not say which", "한쪽은 밝히지 않음").replace(" against ", " 대 ")
+    return re.sub(r"(\w+) of them in common", lambda found: f"공통 {found[1].replace('none', '0')}개", joined)
 
 
 def format_points(share: float) -> str:

@@ -23,7 +23,7 @@ from koat.evaluation.significance import (
     correct_holm,
 )
 from koat.evaluation.spread import measure_spread
-from koat.workflows.scored import Scored, Source, Subject, find_sources, group_subjects
+from koat.workflows.scored import Scored, Source, Subject, collect_sources, group_subjects
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,38 +48,47 @@ class Column:
     cells: list[Cell]
 
 
-def compare_targets(targets: Sequence[str], only: Sequence[str] = ()) -> dict[str, Any]:
+def compare_targets(
+    targets: Sequence[str], only: Sequence[str] = (), names: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """Compare runs, folders of predictions and published tables; return a JSON-safe mapping.
+
+    `names` gives targets other names than their folders'.
 
     Scores are set against each other where task, scoring and contract are the same, paired by item where items are
     kept; p-values are corrected (Holm) over all comparisons made. Raises KoatError when a target cannot be read,
     and DataError when nothing may be compared, with the reasons.
     """
-    sources = [source for target in targets for source in find_sources(target)]
-    subjects = group_subjects(sources, only)
+    subjects = group_subjects(collect_sources(targets, names), only)
     if len(subjects) < 2:
         raise DataError(
             f"a comparison needs two subjects, and there is one: {subjects[0].name}. Runs that differ in nothing but "
             "their seed are one subject. Name another run, folder or table."
         )
+    found = compare_subjects(subjects)
+    if not found["comparisons"]:
+        raise DataError(explain_nothing(subjects, found["refusals"]))
+    return found
+
+
+def compare_subjects(subjects: Sequence[Subject]) -> dict[str, Any]:
+    """Compare what may be compared, be it nothing, and return what `compare_targets` does."""
     columns = list(collect_columns(subjects))
-    refusals = list(find_refusals(subjects))
     pairs = [(column, left, right) for column in columns for left, right in combinations(column.cells, 2)]
-    if not pairs:
-        raise DataError(explain_nothing(subjects, refusals))
     differences = [measure_difference(left, right) for _, left, right in pairs]
     corrected = correct_holm([difference.p for difference in differences])
     comparisons = [
         describe_comparison(*pair, difference, p, len(pairs))
         for pair, difference, p in zip(pairs, differences, corrected, strict=True)
     ]
+    notes = dict.fromkeys(note for subject in subjects for source in subject.sources for note in source.notes)
     return {
         "subjects": [describe_subject(subject) for subject in subjects],
         "columns": [describe_column(column) for column in columns],
         "comparisons": comparisons,
-        "refusals": refusals,
+        "refusals": list(find_refusals(subjects)),
         "correction": {"method": "Holm", "num_comparisons": len(pairs), "alpha": ALPHA},
-        "notes": list(dict.fromkeys(note for source in sources for note in source.notes)) + note_means(columns),
+        "notes": [*notes, *note_means(columns)],
     }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from koat.evaluation.published import list_published, load_published
 SCORES = ".scores.json"
 NEEDED = {"task", "scores", "contracts", "conditions"}
 """What each result in a file of scores has."""
+COSTS = ("seconds_per_item", "peak_bytes")
+"""What a result may say of its cost."""
 EVALUATE = "Evaluate it: `koat eval {} --task NAME --data FILE`."
 
 
@@ -26,7 +28,7 @@ class Scored:
     """One score of one subject: what it is, what was asked and how, and the prediction of every item.
 
     `predictions` maps an item's id to its row; it is empty for a published score, of which only `num_right` of
-    `num_items` is known.
+    `num_items` is known. `cost` holds `seconds_per_item` and `peak_bytes` where they were measured.
     """
 
     task: str
@@ -41,6 +43,7 @@ class Scored:
     conditions: Parts
     predictions: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     meaningful: bool = True
+    cost: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def values(self) -> dict[str, float]:
@@ -58,6 +61,16 @@ class Source:
     notes: list[str]
     settings: Mapping[str, Any] | None = None
     seed: int | None = None
+
+
+def collect_sources(targets: Sequence[str], names: Mapping[str, str] | None = None) -> list[Source]:
+    """Find what all targets name; `names` gives those that hold one subject another name."""
+    found: list[Source] = []
+    for target in targets:
+        sources = find_sources(target)
+        name = (names or {}).get(target)
+        found += [replace(sources[0], name=name)] if name and len(sources) == 1 else sources
+    return found
 
 
 def find_sources(target: str) -> list[Source]:
@@ -124,7 +137,7 @@ def _read_reports(paths: Sequence[Path], target: str) -> Source:
                     scores[key] = made
     if not scores:
         raise RunFolderError(f"{target} holds no score that can be compared. {' '.join(notes)}")
-    return Source(name, target, list(scores.values()), notes)
+    return Source(name, target, sorted(scores.values(), key=lambda score: score.task), notes)
 
 
 def _read_report(path: Path) -> dict[str, Any]:
@@ -161,7 +174,7 @@ def _make_scored(
         low=float(score["low"]), high=float(score["high"]), num_items=int(score["num_items"]),
         num_right=float(score["value"]) * int(score["num_items"]), contract=contract,
         conditions=Parts(result["conditions"]["parts"]), predictions=predictions,
-        meaningful=bool(score.get("meaningful", True)),
+        meaningful=bool(score.get("meaningful", True)), cost={name: result[name] for name in COSTS if name in result},
     )  # fmt: skip
 
 
