@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from koat.adapters.attach import attach_adapter, read_extra, restore_adapter, save_adapter
+from koat.adapters.attach import attach_adapter, restore_adapter, save_adapter
 from koat.adapters.average import StoredAdapter, average_adapters
+from koat.adapters.files import read_extra
 from koat.adapters.methods import Ia3Settings, LoraSettings
 from koat.core.errors import AdapterError
 

@@ -117,3 +117,18 @@ def test_optimizers_that_cannot_run_are_refused(monkeypatch, tmp_path, optimizer
     }
     with pytest.raises(TrainingError, match=message):
         koat.finetune(settings, out=tmp_path / "run")
+
+
+def test_offloading_needs_something_to_offload() -> None:
+    check(LoraSettings(), {"activation_checkpointing": True, "activation_offload": True})
+    with pytest.raises(AdapterError, match=r"activation_checkpointing=true, or training\.activation_offload=false"):
+        check(LoraSettings(), {"activation_offload": True})
+
+
+def test_offloading_to_the_cpu_is_refused_on_the_cpu(tmp_path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"instruction": "a", "output": "b"}\n')
+    flags = ["--base", "nano", "--data", tmp_path / "rows.jsonl", "--out", tmp_path / "out", "model.device=cpu"]
+    settings = ["training.activation_checkpointing=true", "training.activation_offload=true"]
+    status, _, error = call_koat("finetune", *flags, *settings)
+    assert status == 2 and "this run is on the CPU" in error
+    assert not (tmp_path / "out").exists()

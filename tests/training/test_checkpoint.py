@@ -12,14 +12,14 @@ import torch
 from safetensors.torch import load_file
 
 from koat.adapters.attach import attach_adapter, read_adapter_state
-from koat.adapters.methods import Ia3Settings, LoraSettings
+from koat.adapters.methods import FullSettings, Ia3Settings, LoraSettings
 from koat.core.errors import RunFolderError
 from koat.core.run_folder import RunFolder
 from koat.forest.verify import verify_layout
 from koat.training.checkpoint import TrainingState, load_checkpoint, save_checkpoint
 from koat.training.loop import train
 
-METHODS = {"ia3": Ia3Settings(), "lora": LoraSettings(r=4, dropout=0.3)}
+METHODS = {"ia3": Ia3Settings(), "lora": LoraSettings(r=4, dropout=0.3), "full": FullSettings()}
 
 
 @pytest.fixture(params=METHODS)

@@ -209,13 +209,23 @@ def test_activation_checkpointing_changes_no_gradient(
     examples: list[Sequence],
     layout: Layout,
     accelerator: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    gradients, calls = [], []
-    for checkpointing in (False, True):
+    gradients, calls, moved = [], [], []
+
+    class Recorded(torch.autograd.graph.save_on_cpu):
+        def __init__(self, **_: Any) -> None:
+            super().__init__()  # there is no pinned memory without a GPU
+            pack = self.pack_hook
+            self.pack_hook = lambda tensor: moved.append(tensor.shape) or pack(tensor)
+
+    monkeypatch.setattr("transformers.modeling_utils.save_on_cpu", Recorded)
+    for checkpointing, offload in ((False, False), (True, False), (True, True)):
         model = attach_adapter(make_model("llama"), settings)
         randomise(model)
         if checkpointing:
-            enable_checkpointing(model)
+            enable_checkpointing(model, offload)
+        assert not moved
         count: list[int] = []
         # Before, not after: recomputing stops as soon as all that the backward pass wants is there.
         layer = model.get_base_model().model.layers[1]
@@ -225,8 +235,11 @@ def test_activation_checkpointing_changes_no_gradient(
         accumulate_gradients(model, examples, layout, make_settings(), accelerator)
         gradients.append([p.grad for p in model.parameters() if p.requires_grad])
         calls.append(len(count))
-    assert calls[1] == 2 * calls[0] > 0
-    for plain, recomputed in zip(*gradients, strict=True):
+    assert calls[1] == calls[2] == 2 * calls[0] > 0
+    # A hidden state per layer and pass goes to the CPU, and nothing else.
+    assert len(moved) == 3 * calls[0] and all(shape[-1] == 64 for shape in moved)
+    for plain, recomputed, offloaded in zip(*gradients, strict=True):
+        assert torch.equal(offloaded, recomputed)
         torch.testing.assert_close(recomputed, plain, rtol=1e-6, atol=1e-9)
 
 

@@ -1,20 +1,30 @@
-"""Attach a method to a base model, save it, restore it. Files are PEFT's."""
+"""Attach a method to a base model, save it, restore it. Files are PEFT's; a fully fine-tuned model's are its own."""
 
 from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from koat.adapters.architectures import UnknownFamilyError
 from koat.adapters.feed_forward import refine_feed_forwards
+from koat.adapters.files import (
+    CONFIG,
+    EXTRA,
+    WEIGHTS,
+    compare_states,
+    is_whole_model,
+    read_adapter_config,
+    read_adapter_file,
+    read_extra,
+)
+from koat.adapters.full import FullModel, read_weights, restore_whole, train_whole, write_weights
 from koat.adapters.ia3 import count_held, holds_queries, refine_ia3_layers, reset_held
 from koat.adapters.lora import refine_lora_layers
 from koat.adapters.methods import find_method
@@ -23,19 +33,21 @@ from koat.adapters.targets import check_targets, list_linears
 from koat.core.config import Section
 from koat.core.errors import AdapterError
 
-WEIGHTS = "adapter_model.safetensors"
-CONFIG = "adapter_config.json"
-EXTRA = "koat_adapter.json"
-"""What koat has to know and PEFT's configuration has no place for."""
+Attached = PeftModel | FullModel
+"""A base model with a method on it."""
+State = dict[str, Tensor]
 
 
-def attach_adapter(model: nn.Module, settings: Section, seed: int = 0) -> PeftModel:
+def attach_adapter(model: nn.Module, settings: Section, seed: int = 0) -> Attached:
     """Attach a new adapter to a transformers model and return PEFT's wrapper around it.
 
-    Base weights are frozen, adapter weights float32. Raises AdapterError for targets that match nothing.
+    Base weights are frozen, adapter weights float32; with a method that has no adapter all weights are trained, in
+    float32. Raises AdapterError for targets that match nothing.
     """
     name: str = settings.method  # type: ignore[attr-defined]
     method = find_method(name)
+    if method.make_config is None:
+        return train_whole(model)
     try:
         config = method.make_config(settings, model.config)
     except UnknownFamilyError as error:
@@ -64,37 +76,48 @@ def count_trainable(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad) - count_held(model)
 
 
-def read_adapter_state(model: PeftModel) -> dict[str, Tensor]:
-    """Return the adapter's tensors, on the CPU, under PEFT's names; of a soft prompt, all that makes it."""
+def read_adapter_state(model: Attached) -> State:
+    """Return what is trained, on the CPU, under PEFT's names; of a soft prompt, all that makes it."""
     reset_held(model)
-    state = read_soft_state(model) if is_soft(model) else get_peft_model_state_dict(model)
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    read, _ = _find_state(model)
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in read(model).items()}
 
 
-def write_adapter_state(model: PeftModel, state: dict[str, Tensor]) -> None:
+def write_adapter_state(model: Attached, state: State) -> None:
     """Put tensors under PEFT's names back. Raises AdapterError for missing, extra or misshapen ones."""
     compare_states(read_adapter_state(model), state, "the checkpoint")
+    _, write = _find_state(model)
+    write(model, state)
+
+
+def _find_state(model: Attached) -> tuple[Callable[[Any], State], Callable[[Any, State], Any]]:
+    """Return how what is trained is read from a model and written to it."""
+    if isinstance(model, FullModel):
+        return read_weights, write_weights
     if is_soft(model):
-        write_soft_state(model, state)
-    else:
-        set_peft_model_state_dict(model, state)
+        return read_soft_state, write_soft_state
+    return get_peft_model_state_dict, set_peft_model_state_dict
 
 
-def save_adapter(model: PeftModel, folder: Path) -> None:
-    """Write an adapter in PEFT's format into an existing, private folder."""
+def save_adapter(model: Attached, folder: Path) -> None:
+    """Write an adapter in PEFT's format, or a whole model in its own, into an existing, private folder."""
     reset_held(model)
     model.save_pretrained(str(folder), safe_serialization=True)
     (folder / "README.md").unlink(missing_ok=True)
+    if isinstance(model, FullModel):
+        return
     extra = {"holds_queries": holds_queries(model)}
     (folder / EXTRA).write_text(json.dumps(extra) + "\n", encoding="utf-8")
 
 
-def restore_adapter(model: nn.Module, folder: Path, trainable: bool = False) -> PeftModel:
-    """Load an adapter that koat or PEFT saved onto its base model.
+def restore_adapter(model: nn.Module, folder: Path, trainable: bool = False) -> Attached:
+    """Load an adapter that koat or PEFT saved onto its base model, or the weights of a whole model into it.
 
     Raises AdapterError when files are absent or broken, when a tensor is missing, left over or of another
     shape (an adapter of another base), or when a target matches no layer.
     """
+    if is_whole_model(folder):
+        return restore_whole(model, folder, trainable)
     read_adapter_config(folder)
     extra = read_extra(folder)
     state = read_adapter_file(folder / WEIGHTS)
@@ -120,74 +143,3 @@ def _wrap(model: nn.Module, config: PeftConfig, where: str) -> PeftModel:
             return get_peft_model(model, config)
     except (TypeError, ValueError) as error:
         raise AdapterError(f"PEFT cannot put this adapter on the base model ({where}): {error}") from error
-
-
-def read_extra(folder: Path) -> dict[str, Any]:
-    """Return what koat keeps beside PEFT's configuration; nothing for an adapter that PEFT saved."""
-    path = folder / EXTRA
-    if not path.is_file():
-        return {}
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise AdapterError(f"{path} is not valid JSON ({error}). Save the adapter again.") from error
-    if not isinstance(stored, dict):
-        raise AdapterError(f"{path} holds no JSON object. Save the adapter again.")
-    return stored
-
-
-def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """Return PEFT's configuration of a saved adapter as it stands in the file."""
-    path = folder / CONFIG
-    if not path.is_file():
-        raise AdapterError(
-            f"{folder} is not an adapter: it has no {CONFIG}. Give a koat run folder, or a folder that PEFT saved."
-        )
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise AdapterError(f"{path} is not valid JSON ({error}). Save the adapter again.") from error
-    if not isinstance(stored, dict) or "peft_type" not in stored:
-        raise AdapterError(f"{path} names no `peft_type`; it is not a PEFT adapter's configuration.")
-    return stored
-
-
-def read_adapter_file(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a saved adapter. Raises AdapterError for an absent, empty or broken file."""
-    if not path.is_file():
-        pickled = path.with_name("adapter_model.bin")
-        hint = (
-            " It has adapter_model.bin, a pickle, which koat does not open: save it again with PEFT's "
-            "save_pretrained(..., safe_serialization=True)."
-            if pickled.is_file()
-            else ""
-        )
-        raise AdapterError(f"{path} does not exist.{hint}")
-    try:
-        state = load_file(str(path))
-    except (SafetensorError, OSError) as error:
-        raise AdapterError(f"{path} is not a whole safetensors file ({error}). Save the adapter again.") from error
-    if not state:
-        raise AdapterError(f"{path} holds no tensors: the adapter is empty.")
-    return state
-
-
-def compare_states(expected: dict[str, Tensor], found: dict[str, Tensor], where: str) -> None:
-    """Raise AdapterError unless two states have the same names and shapes."""
-    missing = sorted(set(expected) - set(found))
-    extra = sorted(set(found) - set(expected))
-    other = [
-        f"{name} is {list(found[name].shape)}, the base wants {list(expected[name].shape)}"
-        for name in expected
-        if name in found and found[name].shape != expected[name].shape
-    ]
-    problems = [
-        f"{len(missing)} tensors are missing, the first is {missing[0]}" if missing else "",
-        f"{len(extra)} tensors fit nothing, the first is {extra[0]}" if extra else "",
-        f"{len(other)} tensors have another shape: {other[0]}" if other else "",
-    ]
-    if any(problems):
-        raise AdapterError(
-            f"The adapter in {where} does not fit this base model: {'; '.join(p for p in problems if p)}. "
-            "Use the base model that it was trained on."
-        )

@@ -8,16 +8,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import nn
 
+from koat.adapters.attach import Attached
+from koat.adapters.files import WHOLE
 from koat.adapters.ia3 import reset_held
 from koat.adapters.methods import find_method
 from koat.core.errors import AdapterError
 from koat.quantise.weights import list_quantised
 
-MERGEABLE = {"IA3", "LORA"}
-"""PEFT's types whose product is a change of weights."""
+MERGEABLE = {"IA3", "LORA", WHOLE}
+"""PEFT's types whose product is a change of weights, and the method that changes them itself."""
 
 
 def check_mergeable(stored: dict[str, Any], where: str, method: str = "") -> None:
@@ -38,7 +39,7 @@ def check_mergeable(stored: dict[str, Any], where: str, method: str = "") -> Non
         )
 
 
-def merge_adapter(model: PeftModel) -> Any:
+def merge_adapter(model: Attached) -> Any:
     """Merge the adapter into the float32 base model and return that, PEFT's layers gone.
 
     Raises AdapterError for weights in another type: they would be rounded on the way.

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from koat.adapters.settings import (
     AdapterSettings,
+    FullSettings,
     Ia3Settings,
     LoraSettings,
     LowRankSettings,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = [
     "METHODS",
     "AdapterSettings",
+    "FullSettings",
     "Ia3Settings",
     "LoraSettings",
     "Method",
@@ -48,8 +50,9 @@ class Method:
     """A fine-tuning method: how it is set up, and what is true of it."""
 
     settings: type[Section]
-    make_config: Callable[[Any, Any], PeftConfig]
-    """From the method's settings and a model configuration to a PEFT configuration."""
+    make_config: Callable[[Any, Any], PeftConfig] | None
+    """From the method's settings and a model configuration to a PEFT configuration. None: there is no adapter, and
+    every weight of the base is trained, in float32."""
     title: str
     learning_rates: dict[str, float]
     """Default learning rate by targets; the key "" serves all others. For base models of a billion parameters and
@@ -107,6 +110,7 @@ METHODS: dict[str, Method] = {
     ),
     "prompt": Method(PromptSettings, _make_prompt, "prompt tuning", {"": 1e-2}, mergeable=False),
     "p_tuning": Method(PTuningSettings, _make_p_tuning, "P-tuning", {"": 1e-3}, mergeable=False),
+    "full": Method(FullSettings, None, "full fine-tuning", {"": 2e-5}, allows_quantised_base=False),
 }
 
 
@@ -130,6 +134,11 @@ def check_combination(adapter: Section, model: ModelSettings, training: Training
             f"{method.title} cannot be trained with activation checkpointing. "
             "Set training.activation_checkpointing=false."
         )
+    if training.activation_offload and not training.activation_checkpointing:
+        raise AdapterError(
+            "training.activation_offload moves what activation checkpointing keeps, and that is off. "
+            "Set training.activation_checkpointing=true, or training.activation_offload=false."
+        )
     _check_base(method, adapter, model)
 
 
@@ -144,6 +153,11 @@ def _check_base(method: Method, adapter: Section, model: ModelSettings) -> None:
         raise AdapterError(
             f"{method.title} cannot be trained on a quantised base (model.quantisation={model.quantisation}): its "
             "weights are rounded and take no updates. Set model.quantisation=none, or adapter.method=qlora."
+        )
+    if method.make_config is None and model.dtype != "float32":
+        raise AdapterError(
+            f"{method.title} keeps its weights in float32, or small updates would be rounded away, but "
+            f"model.dtype={model.dtype}. Set model.dtype=float32; training.precision=bfloat16 computes in bfloat16."
         )
     if model.quantisation == "8bit" and getattr(adapter, "dora", False):
         raise AdapterError(
@@ -164,4 +178,6 @@ def default_values(method: str, targets: Any = None) -> dict[str, Any]:
     key = (field.default if field else "") if targets is None else targets
     rate = row.learning_rates.get(key if isinstance(key, str) else "", row.learning_rates[""])
     brought: dict[str, Any] = {"training": {"learning_rate": rate}}
+    if row.make_config is None:
+        brought["model"] = {"dtype": "float32"}
     return brought | ({"model": {"quantisation": FOUR_BIT[0]}} if row.needs_quantised_base else {})

@@ -83,7 +83,13 @@ class PTuningSettings(SoftPromptSettings):
     encoder_size: Annotated[int, Field(gt=0)] = Field(128, description="Width of the network that makes the prompt.")
 
 
+class FullSettings(Section):
+    """Full fine-tuning: every weight of the base is trained; what comes out is a plain model folder."""
+
+    method: Literal["full"] = "full"
+
+
 AdapterSettings = Annotated[
-    Ia3Settings | LoraSettings | QloraSettings | PrefixSettings | PromptSettings | PTuningSettings,
+    Ia3Settings | LoraSettings | QloraSettings | PrefixSettings | PromptSettings | PTuningSettings | FullSettings,
     Field(discriminator="method"),
 ]

@@ -7,16 +7,8 @@ from typing import Any
 
 from peft import PeftModel
 
-from koat.adapters.attach import (
-    CONFIG,
-    WEIGHTS,
-    compare_states,
-    read_adapter_config,
-    read_adapter_file,
-    read_adapter_state,
-    read_extra,
-    write_adapter_state,
-)
+from koat.adapters.attach import read_adapter_state, write_adapter_state
+from koat.adapters.files import CONFIG, WEIGHTS, compare_states, read_adapter_config, read_adapter_file, read_extra
 from koat.adapters.ia3 import holds_queries
 from koat.core.errors import AdapterError
 

@@ -17,6 +17,8 @@ class Sequence:
     supervised: tuple[bool, ...]
     group: str = ""
     """What this sequence shares its context with (an article), for the sampler."""
+    alternatives: tuple[tuple[int, ...], ...] = ()
+    """Wrong answers: tokens that could stand in the place of all from the first supervised one on."""
 
     def __post_init__(self) -> None:
         if len(self.token_ids) != len(self.supervised):
@@ -33,6 +35,11 @@ class Sequence:
     def num_supervised(self) -> int:
         """How many tokens are targets."""
         return sum(self.supervised)
+
+    def list_choices(self) -> list[Sequence]:
+        """Return the sequence itself and one for each wrong answer, all of its tokens supervised."""
+        given = self.token_ids[: self.supervised.index(True)] if self.alternatives else ()
+        return [self, *(supervise_from(given + wrong, len(given), self.group) for wrong in self.alternatives)]
 
 
 def supervise_from(token_ids: tuple[int, ...], start: int, group: str = "") -> Sequence:

@@ -122,6 +122,10 @@ class TrainingSettings(Section):
     activation_checkpointing: bool = Field(
         False, description="Recompute each layer in the backward pass: less memory, about a third more time."
     )
+    activation_offload: bool = Field(
+        False,
+        description="Move what activation checkpointing keeps from the GPU to the CPU's memory until it is needed.",
+    )
     tokens_per_microbatch: Positive = Field(
         4096, description="Tokens (after sharing) that go through the model at once; lower it when memory runs out."
     )
@@ -133,8 +137,19 @@ class TrainingSettings(Section):
         description="`grouped` keeps rows with one context (an article's questions) in one step; `shuffled` mixes all.",
     )
     noise: float = Field(0.0, ge=0, description="NEFTune's alpha: uniform noise on the embeddings; 0 is none.")
+    unlikelihood: float = Field(
+        0.0, ge=0, description="Weight of T-Few's unlikelihood loss on wrong choices, the other words of data.values."
+    )
+    choice_loss: float = Field(
+        0.0, ge=0, description="Weight of T-Few's length-normalised loss of the right choice against the wrong ones."
+    )
     validate_every: Positive | None = Field(None, description="Steps between validations; none: ten a run.")
     save_every: Positive | None = Field(None, description="Steps between checkpoints; none: with each validation.")
     keep_checkpoints: Positive = Field(2, description="How many checkpoints stay on disk.")
     keep: Literal["best", "last"] = Field("best", description="Which adapter the run ends with, by validation loss.")
     seed: int = Field(0, ge=0, description="Seeds data order, adapter initialisation and dropout.")
+
+    @property
+    def wants_choices(self) -> bool:
+        """Whether training looks at wrong answers too."""
+        return bool(self.unlikelihood or self.choice_loss)

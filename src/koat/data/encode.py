@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import TYPE_CHECKING
 
 from koat.core import sequence as core
 from koat.core.errors import DataError, suggest
+from koat.data.choices import render_others
 from koat.data.overflow import Example, shorten_contexts
 from koat.data.records import Record
 from koat.data.templates import PromptTemplate, Segment
@@ -97,13 +98,15 @@ def encode_records(
     loss_on: str = "response",
     max_length: int | None = None,
     overflow: str = "error",
+    choices: Mapping[str, Sequence[str]] | None = None,
 ) -> Encoded:
     """Encode every record in every template.
 
     The prompt's tokens are those of `encode_prompt`, exactly as at inference; the response is tokenised apart
     and joined to them, so no token straddles the border. One end-of-text token ends each sequence and is
     supervised. `loss_on="all"` supervises every token but the first. `max_length` counts tokens, the end's
-    included; None is no limit. Raises DataError for a template that does not fit a record, for sequences
+    included; None is no limit. `choices` holds all words of a field; a sequence then carries the responses with the
+    others as its wrong answers. Raises DataError for a template that does not fit a record, for sequences
     that are too long under `overflow="error"`, for a tokenizer without an end-of-text token, and when nothing
     is left.
     """
@@ -112,7 +115,8 @@ def encode_records(
     end = _find_end(tokenizer)
     report = EncodeReport(num_rows=len(records), num_templates=len(templates), max_length=max_length)
     report.num_trailing = sum(bool(record.turns) and record.turns[-1].role != "assistant" for record in records)
-    examples = _make_examples(records, [template.bind(tokenizer) for template in templates], tokenizer, end, report)
+    bound = [template.bind(tokenizer) for template in templates]
+    examples = _make_examples(records, bound, tokenizer, end, choices or {}, report)
     report.longest = max(map(len, examples), default=0)
     if max_length is not None and report.longest > max_length:
         examples = _OVERFLOW[overflow](examples, tokenizer, max_length, report)
@@ -145,28 +149,31 @@ def _make_examples(
     templates: Sequence[PromptTemplate],
     tokenizer: PreTrainedTokenizerBase,
     end: int,
+    choices: Mapping[str, Sequence[str]],
     report: EncodeReport,
 ) -> list[Example]:
     """Render and tokenise everything, each distinct text once; leave out what has nothing supervised."""
-    rendered: list[tuple[Record, tuple[Segment, ...], list[Segment]]] = []
+    rendered: list[tuple[Record, tuple[Segment, ...], list[Segment], list[str]]] = []
     for record in records:
         for template in templates:
             segments = template.render(record)
             given = tuple(takewhile(lambda segment: not segment.supervised, segments))
             tail = segments[len(given) :]
             if any(segment.supervised and segment.text.strip() for segment in tail):
-                rendered.append((record, given, tail))
+                rendered.append((record, given, tail, render_others(record, template, segments, choices)))
             else:
                 report.num_unsupervised += 1
                 report.left_out.append(record.source)
-    prompt_ids = _encode_once(("".join(s.text for s in given) for _, given, _ in rendered), tokenizer, encode_prompts)
-    tail_ids = _encode_once((s.text for _, _, tail in rendered for s in tail), tokenizer, encode_continuations)
+    prompt_ids = _encode_once(("".join(s.text for s in given) for _, given, *_ in rendered), tokenizer, encode_prompts)
+    texts = (text for _, _, tail, others in rendered for text in (*(s.text for s in tail), *others))
+    tail_ids = _encode_once(texts, tokenizer, encode_continuations)
     examples = []
-    for record, given, tail in rendered:
+    for record, given, tail, others in rendered:
         runs = [(tail_ids[segment.text], segment.supervised) for segment in tail]
         if not runs[-1][0] or runs[-1][0][-1] != end:
             runs.append(([end], True))
-        examples.append(Example(record, given, runs, prompt_ids["".join(segment.text for segment in given)]))
+        prompt = prompt_ids["".join(segment.text for segment in given)]
+        examples.append(Example(record, given, runs, prompt, [[*tail_ids[text], end] for text in others]))
     return examples
 
 
@@ -188,7 +195,7 @@ def _supervise_responses(example: Example) -> core.Sequence:
     for ids, supervised in example.tail:
         marks += [supervised] * len(ids)
     marks[0] = False
-    return core.Sequence(_join(example), tuple(marks), example.record.group)
+    return core.Sequence(_join(example), tuple(marks), example.record.group, tuple(map(tuple, example.others)))
 
 
 def _supervise_all(example: Example) -> core.Sequence:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from koat.data.records import Record
@@ -21,17 +21,19 @@ class Example:
     """One record in one template: text and tokens of its first prompt, and the tokens of all that follows.
 
     `tail` holds runs of token ids with their supervision: answers, and in conversations what stands between.
+    `others` are wrong answers that could stand in its place.
     """
 
     record: Record
     given: tuple[Segment, ...]
     tail: list[tuple[list[int], bool]]
     prompt_ids: list[int]
+    others: list[list[int]] = field(default_factory=list)
 
     @property
     def num_tail_tokens(self) -> int:
-        """How many tokens stand behind the first prompt."""
-        return sum(len(ids) for ids, _ in self.tail)
+        """How many tokens stand behind the first prompt, at most."""
+        return max([sum(len(ids) for ids, _ in self.tail), *map(len, self.others)])
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + self.num_tail_tokens

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
-from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from koat.adapters.attach import read_adapter_state, write_adapter_state
+from koat.adapters.attach import Attached, read_adapter_state, write_adapter_state
 from koat.core.atomic import atomic_folder
 from koat.core.errors import RunFolderError
 from koat.training.optimizer import flatten_optimizer, restore_optimizer
@@ -41,11 +40,11 @@ class TrainingState:
 
 
 def save_checkpoint(
-    folder: Path, model: PeftModel, optimizer: torch.optim.Optimizer, state: TrainingState, keep: int
+    folder: Path, model: Attached, optimizer: torch.optim.Optimizer, state: TrainingState, keep: int
 ) -> Path:
     """Write a checkpoint whole or not at all, then remove all but the newest `keep`."""
     path = folder / f"step-{state.step:06d}"
-    facts = {key: value for key, value in asdict(state).items() if key != "best"}
+    facts = {each.name: getattr(state, each.name) for each in fields(state) if each.name != "best"}
     with atomic_folder(path) as draft:
         save_file(read_adapter_state(model), draft / "adapter.safetensors")
         save_file(flatten_optimizer(optimizer), draft / "optimizer.safetensors")
@@ -58,7 +57,7 @@ def save_checkpoint(
     return path
 
 
-def load_checkpoint(path: Path, model: PeftModel, optimizer: torch.optim.Optimizer) -> TrainingState:
+def load_checkpoint(path: Path, model: Attached, optimizer: torch.optim.Optimizer) -> TrainingState:
     """Put model, optimizer and random generators back and return where the run stood."""
     try:
         facts = json.loads((path / "done.json").read_text(encoding="utf-8"))

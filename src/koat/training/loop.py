@@ -11,14 +11,15 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from peft import PeftModel
 from torch import Tensor, nn
 
-from koat.adapters.attach import read_adapter_state, write_adapter_state
+from koat.adapters.attach import Attached, read_adapter_state, write_adapter_state
 from koat.core.sequence import Sequence
 from koat.core.settings import TrainingSettings
-from koat.forest.score import Layout, cut_sequences, token_logprobs
+from koat.forest.pack import MicroBatch
+from koat.forest.score import Layout, cut_sequences, sum_by_owner, token_logprobs
 from koat.training.checkpoint import TrainingState, load_checkpoint, save_checkpoint
+from koat.training.choices import list_answers, make_objective
 from koat.training.guard import LossGuard
 from koat.training.noise import add_noise
 from koat.training.optimizer import build_optimizer
@@ -74,25 +75,49 @@ def accumulate_gradients(
     settings: TrainingSettings,
     accelerator: Accelerator,
 ) -> tuple[float, int]:
-    """Backward one step's examples; return (mean loss per supervised token, tokens through the model).
+    """Backward one step's examples; return (the step's loss, tokens through the model).
 
-    The loss is divided once by the supervised tokens of the whole step, over all micro-batches and processes,
-    so it does not depend on how the forest was cut.
+    Losses are divided once by the counts of the whole step, over all micro-batches and processes, so they do not
+    depend on how the forest was cut: the mean per supervised token, and what `koat.training.choices` adds to it.
     """
-    total = sum(sequence.num_supervised for sequence in sequences)
-    mine = share_examples(sequences, accelerator)
-    loss_sum, num_tokens = torch.zeros((), dtype=torch.float64), 0
-    lengths = [len(sequence) for sequence in mine]
-    for batch in cut_sequences(mine, layout, settings.tokens_per_microbatch, settings.max_row_length):
-        batch = batch.to(accelerator.device)
+    objective = make_objective(sequences, share_examples(sequences, accelerator), settings)
+    answers, lengths = objective.sequences, list(map(len, objective.sequences))
+    batches = list(cut_sequences(answers, layout, settings.tokens_per_microbatch, settings.max_row_length))
+    loss_sum, slope = torch.zeros((), dtype=torch.float64), None
+
+    def run(batch: MicroBatch) -> Tensor:
         with accelerator.autocast(), add_noise(model, settings.noise, batch, lengths):
-            loss = -token_logprobs(model, batch, layout).sum() / total
+            return token_logprobs(model, batch, layout)
+
+    if settings.choice_loss and len(batches) > 1:
+        slope, value = objective.weigh_answers(sum_answers(run, batches, len(answers), accelerator.device))
+        loss_sum += value
+    for batch in batches:
+        batch = batch.to(accelerator.device)
+        logprobs = run(batch)
+        if settings.choice_loss and slope is None:
+            slope, value = objective.weigh_answers(sum_by_owner(logprobs.detach(), batch.owner, len(answers)))
+            loss_sum += value
+        loss = objective.measure(logprobs, batch.owner, slope)
         loss.backward()  # type: ignore[no-untyped-call]
         loss_sum += loss.detach().double().cpu()
-        num_tokens += batch.num_tokens
+    num_tokens = sum(batch.num_tokens for batch in batches)
     if accelerator.num_processes > 1:
         loss_sum, num_tokens = sum_over_processes(model, loss_sum, num_tokens, accelerator)
     return float(loss_sum), num_tokens
+
+
+@torch.no_grad()
+def sum_answers(
+    run: Callable[[MicroBatch], Tensor], batches: ListLike[MicroBatch], num_sequences: int, device: torch.device
+) -> Tensor:
+    """Return the log-probability of each sequence `[S]`, from a pass that draws what the next one will draw again."""
+    sums = torch.zeros(num_sequences, device=device)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        for batch in batches:
+            batch = batch.to(device)
+            sums += sum_by_owner(run(batch), batch.owner, num_sequences)
+    return sums
 
 
 def share_examples(sequences: ListLike[Sequence], accelerator: Accelerator) -> ListLike[Sequence]:
@@ -118,7 +143,7 @@ def sum_over_processes(
 
 
 def train(
-    model: PeftModel,
+    model: Attached,
     sequences: ListLike[Sequence],
     layout: Layout,
     settings: TrainingSettings,
@@ -146,7 +171,7 @@ def train(
         norm, rate = clip_gradients(optimizer, settings.max_grad_norm), schedule_rate(settings, step, plan.num_steps)
         remark = guard.judge(step + 1, loss, norm, starts_epoch=plan.begins_epoch(step))
         update_parameters(optimizer, rate)
-        num_tokens = sum(map(len, examples))
+        num_tokens = sum(len(answer) for answers in list_answers(examples, settings) for answer in answers)
         state.count_step(num_tokens, unique_tokens, time.monotonic() - began)
         validation_loss = fence.validate_step(model, state)
         on_step(
@@ -180,7 +205,7 @@ def clip_gradients(optimizer: torch.optim.Optimizer, max_norm: float) -> float:
     return float(torch.nn.utils.clip_grad_norm_(parameters, max_norm if max_norm > 0 else math.inf))
 
 
-def keep_adapter(model: PeftModel, state: TrainingState, keep: str) -> int:
+def keep_adapter(model: Attached, state: TrainingState, keep: str) -> int:
     """Leave the best adapter in the model, if that is wanted and known; return the step it comes from."""
     if keep == "best" and state.best and state.best_step is not None:
         write_adapter_state(model, state.best)
@@ -203,7 +228,7 @@ class Fence:
         """Steps between validations."""
         return self.settings.validate_every or max(1, self.plan.num_steps // 10)
 
-    def validate_step(self, model: PeftModel, state: TrainingState) -> float | None:
+    def validate_step(self, model: Attached, state: TrainingState) -> float | None:
         """Validate where the settings say so, keep the best adapter, and return the loss if there is one."""
         if self.validate is None or (state.step < self.plan.num_steps and state.step % self.every):
             return None
@@ -215,7 +240,7 @@ class Fence:
             state.best = {name: tensor.clone() for name, tensor in read_adapter_state(model).items()}
         return loss
 
-    def save_step(self, model: PeftModel, optimizer: torch.optim.Optimizer, state: TrainingState) -> None:
+    def save_step(self, model: Attached, optimizer: torch.optim.Optimizer, state: TrainingState) -> None:
         """Save a checkpoint where the settings say so."""
         due = state.step == self.plan.num_steps or state.step % (self.settings.save_every or self.every) == 0
         if self.checkpoints is not None and due and self.accelerator.is_main_process:

@@ -29,8 +29,13 @@ class Examples:
     """Rows that were skipped and answers that do not stand where the file says."""
 
 
-def load_examples(settings: DataSettings, tokenizer: Any, context_length: int | None, seed: int) -> Examples:
-    """Read and encode all that `settings` names. Raises DataError when nothing is left to train on."""
+def load_examples(
+    settings: DataSettings, tokenizer: Any, context_length: int | None, seed: int, *, with_choices: bool = False
+) -> Examples:
+    """Read and encode all that `settings` names; `with_choices` gives each answer the wrong ones of its field.
+
+    Raises DataError when nothing is left to train on, or no answer has a choice.
+    """
     templates = resolve_template(settings.template)
     remarks: list[str] = []
     train, validation = divide_records(settings, seed, remarks)
@@ -43,12 +48,18 @@ def load_examples(settings: DataSettings, tokenizer: Any, context_length: int | 
             loss_on=settings.loss_on,
             max_length=min(limits, default=None),
             overflow=settings.overflow,
+            choices={field: list(words.values()) for field, words in settings.values.items()} if with_choices else None,
         )
         for part, records in (("train", train), ("validation", validation))
         if records
     }
     if "train" not in encoded or not encoded["train"].sequences:
         raise DataError(f"No training example is left of {', '.join(settings.train)}. See `koat data inspect`.")
+    if with_choices and not any(sequence.alternatives for sequence in encoded["train"].sequences):
+        raise DataError(
+            "training.unlikelihood and training.choice_loss weigh an answer against the other words of its field, and "
+            "no answer has any: name them in data.values and keep data.loss_on=response, or set both weights to 0."
+        )
     held_out = encoded["validation"].sequences if "validation" in encoded else []
     reports = {part: found.report for part, found in encoded.items()}
     return Examples(encoded["train"].sequences, held_out, templates, reports, remarks)

@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from peft import PeftModel
 from torch import nn
 
-from koat.adapters.attach import save_adapter
+from koat.adapters.attach import Attached, save_adapter
 from koat.adapters.methods import check_combination
 from koat.core.atomic import atomic_folder, write_json
 from koat.core.config import Resolved
@@ -23,12 +22,12 @@ from koat.core.json_lines import append_line, truncate_lines
 from koat.core.run_folder import RunFolder
 from koat.core.settings import ModelSettings, TrainingSettings
 from koat.data.prompts import PromptTemplate
-from koat.model import pick_device, settle_dtype
+from koat.model import pick_device, pick_precision, settle_dtype
 from koat.training.loop import StepRecord, TrainingResult, measure_loss, train
 from koat.training.optimizer import check_optimizer
 from koat.workflows.config import RunConfig
 from koat.workflows.measure import Cost
-from koat.workflows.prepare import Prepared, Say, prepare_run, settle_paths
+from koat.workflows.prepare import Prepared, Say, check_offload, prepare_run, settle_paths
 from koat.workflows.trained import TEMPLATE
 
 
@@ -51,6 +50,7 @@ def finetune_run(
     model_settings = settle_dtype(config.model, config.training)
     accelerator = make_accelerator(model_settings, config.training)
     check_optimizer(config.training, accelerator.device)
+    check_offload(config.training, accelerator.device)
     main = accelerator.is_main_process
     say = say if main else lambda text: None
     run = claim_run(config, out, resume, overwrite) if main else RunFolder(out)
@@ -80,19 +80,23 @@ def claim_run(config: RunConfig, out: Path, resume: bool, overwrite: bool) -> Ru
     run = RunFolder.open(out, require=("config.yaml",))
     if run.is_complete():
         raise RunFolderError(f"The run in {out} is finished; there is nothing to resume.")
-    stored, wanted = run.read_config(), settle_paths(config)
-    differing = sorted(
-        f"{section}.{key}"
-        for section in wanted
-        for key in {*stored.get(section, {}), *wanted[section]}
-        if stored.get(section, {}).get(key) != wanted[section].get(key)
-    )
+    differing = list_differences(run.read_config(), settle_paths(config))
     if differing:
         raise ConfigError(
             f"The run in {out} was started with other settings: {', '.join(differing)}. "
             f"To go on with it, give `--resume {out}` alone; for new settings choose another `out`."
         )
     return run
+
+
+def list_differences(stored: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """Return the dotted keys in which stored settings differ from those wanted."""
+    return sorted(
+        f"{section}.{key}"
+        for section in wanted
+        for key in {*stored.get(section, {}), *wanted[section]}
+        if stored.get(section, {}).get(key) != wanted[section].get(key)
+    )
 
 
 def begin_run(run: RunFolder, config: RunConfig, manifest: dict[str, Any], resume: bool, overwrite: bool) -> None:
@@ -112,12 +116,13 @@ def begin_run(run: RunFolder, config: RunConfig, manifest: dict[str, Any], resum
 
 
 def make_accelerator(model: ModelSettings, training: TrainingSettings) -> Accelerator:
-    """Return the Accelerator; autocast only where float32 weights are trained in bfloat16."""
+    """Return the Accelerator; autocast only where a model held in float32 computes in bfloat16."""
     if not torch.distributed.is_initialized():
         # Accelerate keeps the first run's device and precision for the whole process, and refuses others.
         AcceleratorState._reset_state(reset_partial_state=True)
-    mixed = "bf16" if model.dtype == "float32" and training.precision == "bfloat16" else "no"
-    return Accelerator(cpu=pick_device(model.device).type == "cpu", mixed_precision=mixed)
+    device = pick_device(model.device)
+    mixed = "bf16" if model.dtype == "float32" and pick_precision(training, device) == torch.bfloat16 else "no"
+    return Accelerator(cpu=device.type == "cpu", mixed_precision=mixed)
 
 
 def train_in_folder(
@@ -156,7 +161,7 @@ def train_in_folder(
     )
 
 
-def save_result(run: RunFolder, model: PeftModel, tokenizer: Any, template: PromptTemplate) -> None:
+def save_result(run: RunFolder, model: Attached, tokenizer: Any, template: PromptTemplate) -> None:
     """Write the adapter with its tokenizer and prompt template beside it, whole or not at all."""
     with atomic_folder(run.adapter) as draft:
         save_adapter(model, draft)

@@ -58,18 +58,19 @@ class Measurements:
     """Footprints, each measured once."""
 
     def __init__(self) -> None:
-        self._bases: dict[str, Base] = {}
-        self._footprints: dict[tuple[str, str, bool], Footprint] = {}
+        self._bases: dict[tuple[str, str], Base] = {}
+        self._footprints: dict[tuple[str, str, str, bool], Footprint] = {}
 
     def measure(self, adapter: Section, model: ModelSettings, training: TrainingSettings) -> Footprint:
         """Return a method's footprint. Raises AdapterError or ModelError where it cannot be."""
         check_combination(adapter, model, training)
-        key = (adapter.model_dump_json(), model.quantisation, training.activation_checkpointing)
-        if model.quantisation not in self._bases:
+        held = (model.quantisation, model.dtype)
+        key = (adapter.model_dump_json(), *held, training.activation_checkpointing)
+        if held not in self._bases:
             config = next((base.config for base in self._bases.values()), None)
-            self._bases[model.quantisation] = measure_base(model, training, config)
+            self._bases[held] = measure_base(model, training, config)
         if key not in self._footprints:
-            self._footprints[key] = measure_footprint(self._bases[model.quantisation], adapter, training)
+            self._footprints[key] = measure_footprint(self._bases[held], adapter, training)
         return self._footprints[key]
 
 
@@ -92,7 +93,9 @@ def fit_methods(config: PlanConfig, size: int) -> list[Fit]:
 def settle_training(training: TrainingSettings, method: str, checkpointing: bool) -> TrainingSettings:
     """Return training settings with checkpointing on or off, and no decay where the method forbids it."""
     decay = training.weight_decay if METHODS[method].allows_weight_decay else 0.0
-    return training.model_copy(update={"activation_checkpointing": checkpointing, "weight_decay": decay})
+    offload = training.activation_offload and checkpointing
+    changed = {"activation_checkpointing": checkpointing, "activation_offload": offload, "weight_decay": decay}
+    return training.model_copy(update=changed)
 
 
 def fit_method(

@@ -19,7 +19,7 @@ from koat.core.config import Section
 from koat.core.settings import ModelSettings, TrainingSettings
 from koat.forest.head import CHUNK_BYTES
 from koat.forest.score import read_width
-from koat.model import build_empty, load_config, pick_device, pick_dtype, settle_dtype
+from koat.model import build_empty, load_config, pick_device, pick_dtype, pick_precision, settle_dtype
 from koat.quantise.load import blocks_cross_rows, list_unsafe_layers
 from koat.quantise.weights import count_model_bytes, count_weight_bytes, list_linears
 from koat.training.optimizer import SMALLEST
@@ -77,12 +77,16 @@ class Base:
     settings: ModelSettings
     device: torch.device
     dtype: torch.dtype
+    compute: torch.dtype
+    """The type of its products: another than `dtype` under autocast."""
     num_parameters: int
     weight_bytes: int
     state_bytes: int
     """Those of the weights that are scales and tables of quantisation."""
     largest_bytes: int
     """The largest quantised weight, dequantised: one exists at a time."""
+    cast_bytes: int
+    """Weights in the type of the products, which autocast keeps until the backward pass is done."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +94,10 @@ class Footprint:
     """What one method on one base takes; curves are in tokens of a row, its soft prompt included."""
 
     base: Base
+    frozen_bytes: int
+    """Weights that are not trained; none of the base where all of it is."""
     adapter_bytes: int
+    """What is trained."""
     gradient_bytes: int
     optimizer_bytes: int
     num_root: int
@@ -107,8 +114,9 @@ class Footprint:
 
     @property
     def fixed_bytes(self) -> int:
-        """Bytes that do not depend on tokens: weights, adapter, gradients, optimizer."""
-        return self.base.weight_bytes + self.adapter_bytes + self.gradient_bytes + self.optimizer_bytes
+        """Bytes that do not depend on tokens: weights and their casts, adapter, gradients, optimizer."""
+        held = self.frozen_bytes + self.base.cast_bytes + self.adapter_bytes
+        return held + self.gradient_bytes + self.optimizer_bytes
 
     def count_activations(self, num_rows: float, length: float) -> float:
         """Return the bytes kept from the layers' forward pass to their backward pass."""
@@ -117,7 +125,7 @@ class Footprint:
     def count_head(self, num_rows: float, length: float, each: float | None = None) -> float:
         """Return the bytes of the head while it works, if every token is predicted: `each` a row at a time."""
         tokens = num_rows * length
-        states = 2 * read_width(self.base.config) * self.base.dtype.itemsize * tokens
+        states = 2 * read_width(self.base.config) * self.base.compute.itemsize * tokens
         return min(tokens, self.head_rows) * (self.head.peak if each is None else each) + states
 
     def count_workspace(self, num_rows: float, length: float) -> float:
@@ -134,7 +142,7 @@ class Footprint:
         """Return the peak while scoring: no gradients, no optimizer."""
         layers = self.forward.at(num_rows, length + self.num_root) + self.base.largest_bytes
         head = self.count_head(num_rows, length, self.head.forward)
-        return self.base.weight_bytes + self.adapter_bytes + max(layers, head)
+        return self.frozen_bytes + self.adapter_bytes + max(layers, head)
 
     def count_disk(self, training: TrainingSettings) -> int:
         """Return the bytes of the adapter and its checkpoints, the one being written included."""
@@ -154,15 +162,18 @@ def measure_base(model: ModelSettings, training: TrainingSettings, config: Any =
     for name in list_unquantised(empty, settings, device):
         shapes.pop(name, None)
     total = count_model_bytes(empty, "none", dtype)
+    compute = pick_precision(training, device) if dtype == torch.float32 else dtype
+    products = sum(inputs * outputs for inputs, outputs in list_linears(empty).values())
     entries = {name: inputs * outputs for name, (inputs, outputs) in shapes.items()}
     quantised = sum(count_weight_bytes(*shape, quantisation) for shape in shapes.values())
     num_quantised = sum(entries.values())
     return Base(
-        config, settings, device, dtype,
+        config, settings, device, dtype, compute,
         num_parameters=sum(weight.numel() for weight in empty.parameters()),
         weight_bytes=total - num_quantised * dtype.itemsize + quantised,
         state_bytes=quantised - int(num_quantised * FRACTIONS.get(quantisation, 0)),
         largest_bytes=max(entries.values(), default=0) * dtype.itemsize,
+        cast_bytes=0 if compute == dtype else products * compute.itemsize,
     )  # fmt: skip
 
 
@@ -178,12 +189,12 @@ def list_unquantised(empty: nn.Module, settings: ModelSettings, device: torch.de
 def measure_footprint(base: Base, adapter: Section, training: TrainingSettings) -> Footprint:
     """Measure what a method takes on a base. Raises AdapterError where it does not go with the family."""
     configs, steps = list_probes(base.config, adapter)
-    probes = [build_probe(config, adapter, base.dtype) for config in configs]
+    probes = [build_probe(config, adapter, base.compute) for config in configs]
     layout = pick_layout(probes[0], base.settings, base.device)
     lengths = LENGTHS if keeps_squares(layout) else LENGTHS[:2]
     traces: list[list[Trace]] = []
     for probe in probes:
-        set_checkpointing(probe, training.activation_checkpointing)
+        set_checkpointing(probe, training.activation_checkpointing, training.activation_offload)
         traces.append([trace_layers(probe, layout, length) for length in lengths])
 
     def assemble(name: str) -> Curve:
@@ -196,8 +207,9 @@ def measure_footprint(base: Base, adapter: Section, training: TrainingSettings) 
     adapter_bytes, optimizer_bytes = (
         round(near + steps * (far - near)) for near, far in zip(sums[0], sums[-1], strict=True)
     )
+    frozen_bytes = base.weight_bytes if any(not weight.requires_grad for weight in probes[0].parameters()) else 0
     return Footprint(
-        base, adapter_bytes, adapter_bytes, optimizer_bytes,
+        base, frozen_bytes, adapter_bytes, adapter_bytes, optimizer_bytes,
         num_root=int(getattr(adapter, "num_virtual_tokens", 0)),
         kept=assemble("kept"), peak=assemble("peak"), forward=assemble("forward"),
         head=trace_head(probes[0]),

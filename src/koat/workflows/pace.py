@@ -61,7 +61,9 @@ def estimate_pace(base: Base, footprint: Footprint, training: TrainingSettings) 
     """Measure this machine for two seconds and estimate how many tokens it trains a second."""
     empty = build_empty(base.config)
     head = empty.get_output_embeddings().weight.numel()
-    frozen = sum(inputs * outputs for inputs, outputs in list_linears(empty).values()) + head
-    flops = count_token_flops(frozen, footprint.adapter_bytes // 4, training.activation_checkpointing)
-    rate = measure_rate(base.dtype, base.device)
-    return Pace(rate, flops, REACHED.get(base.dtype, OTHERWISE) * rate / flops)
+    products = sum(inputs * outputs for inputs, outputs in list_linears(empty).values()) + head
+    trained = footprint.adapter_bytes // 4
+    frozen, trained = (products, trained) if footprint.frozen_bytes else (0, products)
+    flops = count_token_flops(frozen, trained, training.activation_checkpointing)
+    rate = measure_rate(base.compute, base.device)
+    return Pace(rate, flops, REACHED.get(base.compute, OTHERWISE) * rate / flops)

@@ -7,16 +7,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
+import torch
 from torch import nn
 
-from koat.adapters.attach import attach_adapter, count_trainable
+from koat.adapters.attach import Attached, attach_adapter, count_trainable
 from koat.adapters.remarks import describe_remarks
 from koat.adapters.start import start_from
 from koat.core.config import to_mapping
-from koat.core.errors import ConfigError
-from koat.core.settings import ModelSettings
-from koat.forest.score import Layout
+from koat.core.errors import ConfigError, TrainingError
+from koat.core.settings import ModelSettings, TrainingSettings
+from koat.forest.score import Layout, unwrap
 from koat.forest.verify import Verification, make_padded, verify_layout
 from koat.model import (
     count_parameters,
@@ -27,7 +27,7 @@ from koat.model import (
     load_tokenizer,
 )
 from koat.quantise.check import check_quantised_layers
-from koat.workflows.config import RunConfig
+from koat.workflows.config import PlanConfig, RunConfig
 from koat.workflows.examples import Examples, load_examples
 from koat.workflows.manifest import describe_hardware, describe_versions, fingerprint_data
 
@@ -40,7 +40,7 @@ class Prepared:
 
     tokenizer: Any
     examples: Examples
-    model: PeftModel
+    model: Attached
     layout: Layout
     manifest: dict[str, Any]
 
@@ -48,7 +48,8 @@ class Prepared:
 def prepare_run(config: RunConfig, model_settings: ModelSettings, say: Say) -> Prepared:
     """Read the data, load the base, attach the adapter and verify the layout, saying what was found."""
     tokenizer, base_config = load_tokenizer(config.model), load_config(config.model)
-    examples = load_examples(config.data, tokenizer, find_context_length(base_config), config.training.seed)
+    context, training = find_context_length(base_config), config.training
+    examples = load_examples(config.data, tokenizer, context, training.seed, with_choices=training.wants_choices)
     for remark in [*describe_remarks(config.adapter, base_config), *examples.remarks]:
         say(f"! {remark}")
     for part, report in examples.reports.items():
@@ -62,18 +63,18 @@ def prepare_run(config: RunConfig, model_settings: ModelSettings, say: Say) -> P
     method, trained = config.adapter.method, count_trainable(model)
     say(f"{method}: {trained:,} of {num_base:,} parameters are trained ({trained / num_base:.3%})")
     if config.training.activation_checkpointing:
-        enable_checkpointing(model)
-    manifest = describe_run(config, model, base_config, verification, examples)
+        enable_checkpointing(model, config.training.activation_offload)
+    manifest = describe_run(config, model, num_base, base_config, verification, examples)
     manifest["quantisation"] = quantised.to_mapping() if quantised else None
     return Prepared(tokenizer, examples, model, layout, manifest)
 
 
-def attach_method(base: nn.Module, config: RunConfig) -> PeftModel:
+def attach_method(base: nn.Module, config: RunConfig) -> Attached:
     """Attach a fresh adapter, or the one that the run goes on from."""
     model = attach_adapter(base, config.adapter, config.training.seed)
     start: str | None = getattr(config.adapter, "start", None)
     if start:
-        start_from(model, Path(start))
+        start_from(model, Path(start))  # type: ignore[arg-type]  # methods with a start are all PEFT's
     return model
 
 
@@ -101,12 +102,21 @@ def describe_layout(verification: Verification) -> str:
     return f"prefixes are not shared ({verification.reason}); running padded batches of similar length"
 
 
-def enable_checkpointing(model: PeftModel) -> None:
-    """Recompute each layer in the backward pass."""
-    model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+def enable_checkpointing(model: nn.Module, offload: bool = False) -> None:
+    """Recompute each layer in the backward pass; with `offload` its input waits for that in the CPU's memory."""
+    unwrap(model).gradient_checkpointing_enable({"use_reentrant": False}, offload=offload)
 
 
-def settle_paths(config: RunConfig) -> dict[str, Any]:
+def check_offload(training: TrainingSettings, device: torch.device) -> None:
+    """Raise TrainingError where activations lie in the CPU's memory already: moving them would only take time."""
+    if training.activation_offload and device.type == "cpu":
+        raise TrainingError(
+            "training.activation_offload moves activations from a GPU to the CPU's memory, and this run is on the CPU. "
+            "Set training.activation_offload=false."
+        )
+
+
+def settle_paths(config: RunConfig | PlanConfig) -> dict[str, Any]:
     """Return the settings with a local base by its whole path, so that the run is found from anywhere."""
     values = to_mapping(config)
     if Path(config.model.base).is_dir():
@@ -115,16 +125,19 @@ def settle_paths(config: RunConfig) -> dict[str, Any]:
 
 
 def describe_run(
-    config: RunConfig, model: PeftModel, base_config: Any, verification: Verification, examples: Examples
+    config: RunConfig,
+    model: Attached,
+    num_base: int,
+    base_config: Any,
+    verification: Verification,
+    examples: Examples,
 ) -> dict[str, Any]:
     """Return the manifest of a run that begins."""
     return {
         "finished": False,
         "method": config.adapter.method,
         "trainable_parameters": count_trainable(model),
-        "total_parameters": count_parameters(model.get_base_model()) - sum(
-            p.numel() for p in model.get_base_model().parameters() if p.requires_grad
-        ),
+        "total_parameters": num_base,
         "base": {
             "name": settle_paths(config)["model"]["base"],
             "fingerprint": fingerprint_base(config.model, base_config),
@@ -136,4 +149,4 @@ def describe_run(
         "forest": verification.to_mapping(),
         "versions": describe_versions(),
         "hardware": describe_hardware(next(model.parameters()).device),
-    }  # fmt: skip
+    }

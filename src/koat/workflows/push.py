@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from koat.adapters.attach import CONFIG, EXTRA, WEIGHTS
+from koat.adapters.files import CONFIG, EXTRA, WEIGHTS, WHOLE
 from koat.adapters.methods import METHODS
 from koat.core.config_files import read_config_file
 from koat.core.errors import HubError, RunFolderError
@@ -69,6 +69,11 @@ def prepare_upload(
     sent: a local base goes by its folder's name. Raises KoatError.
     """
     trained = find_trained(target)
+    if merged is None and trained.read_config()["peft_type"] == WHOLE:
+        raise RunFolderError(
+            f"{target} holds a whole model, not an adapter. Write it in the type to be served in, then send that: "
+            f"koat merge {target} --out DIR, and koat push {target} {repo} --merged DIR"
+        )
     files: dict[str, Path | bytes] = {}
     folder, kind = (trained.folder, "adapter") if merged is None else (merged, "merged")
     record = read_merge(merged, trained) if merged is not None else {}

@@ -11,8 +11,18 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from koat.adapters.attach import CONFIG, EXTRA, WEIGHTS, read_adapter_config, read_adapter_file, read_extra
 from koat.adapters.average import StoredAdapter, average_adapters
+from koat.adapters.files import (
+    CONFIG,
+    EXTRA,
+    MODEL_CONFIG,
+    WEIGHTS,
+    is_whole_model,
+    list_weight_files,
+    read_adapter_config,
+    read_adapter_file,
+    read_extra,
+)
 from koat.core.atomic import atomic_folder, write_json
 from koat.core.config_files import read_config_file
 from koat.core.errors import AdapterError, ConfigError, KoatError, RunFolderError
@@ -54,7 +64,8 @@ def show_adapter(target: str | Path) -> AdapterEntry:
         raise RunFolderError(f"{path} holds no adapter: the run did not finish.")
     if not run and (path.parent / "config.yaml").is_file() and path.name == "adapter":
         run = path.parent
-    stored, state = read_adapter_config(folder), read_adapter_file(folder / WEIGHTS)
+    stored = read_adapter_config(folder)
+    num_stored = 0 if is_whole_model(folder) else sum(t.numel() for t in read_adapter_file(folder / WEIGHTS).values())
     manifest = read_manifest(run) if run else {}
     base = manifest.get("base", {})
     targets = stored.get("target_modules") or []
@@ -64,8 +75,8 @@ def show_adapter(target: str | Path) -> AdapterEntry:
         base=str(base.get("name") or stored.get("base_model_name_or_path") or "not recorded"),
         fingerprint=str(base.get("fingerprint", "")),
         targets=sorted(targets) if isinstance(targets, list) else [str(targets)],
-        num_parameters=int(manifest.get("trainable_parameters") or sum(t.numel() for t in state.values())),
-        num_bytes=(folder / WEIGHTS).stat().st_size,
+        num_parameters=int(manifest.get("trainable_parameters") or num_stored),
+        num_bytes=sum(path.stat().st_size for path in list_weight_files(folder)),
         template=read_template_name(folder),
         finished=bool(manifest.get("finished", True)),
         scores=collect_scores((run or folder) / "predictions"),
@@ -77,8 +88,8 @@ def list_adapters(folder: Path) -> tuple[list[AdapterEntry], list[str]]:
     if not folder.is_dir():
         raise RunFolderError(f"{folder}: there is no such folder.")
     entries, problems = [], []
-    for config in sorted(folder.rglob(CONFIG)):
-        place = config.parent
+    wholes = (path for path in folder.rglob(f"adapter/{MODEL_CONFIG}") if (path.parents[1] / "config.yaml").is_file())
+    for place in sorted({path.parent for path in (*folder.rglob(CONFIG), *wholes)}):
         hidden = any(part == CHECKPOINTS or part.startswith(".") for part in place.relative_to(folder).parts)
         if hidden:
             continue
@@ -173,7 +184,7 @@ def check_same_template(found: Sequence[Trained]) -> None:
 
 def read_stored(trained: Trained) -> StoredAdapter:
     """Read an adapter's files."""
-    state = read_adapter_file(trained.folder / WEIGHTS)
+    state = {} if is_whole_model(trained.folder) else read_adapter_file(trained.folder / WEIGHTS)
     return StoredAdapter(trained.name, trained.read_config(), read_extra(trained.folder), state)
 
 

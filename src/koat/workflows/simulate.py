@@ -39,7 +39,7 @@ HEAD_ROWS = 64
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensors that operations made and that are still there; `own` ones are left out.
+    """Counts the bytes of tensors that operations made where `own` ones lie and that are still there; `own` left out.
 
     What a kernel takes and gives back inside one operation is not seen.
     """
@@ -47,13 +47,15 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self, own: Iterable[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.live = self.peak = 0
+        own = list(own)
         self._known = {tensor.untyped_storage()._cdata for tensor in own}
+        self._devices = {tensor.device for tensor in own}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation and count the storages that it made."""
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
+            if isinstance(leaf, Tensor) and leaf.device in self._devices:
                 self._count(leaf.untyped_storage())
         return result
 
@@ -106,6 +108,11 @@ STAND_INS: dict[Any, Callable[..., Any]] = {
     getattr(torch, "_grouped_mm", None): multiply_grouped,
     # Models ask whether a mask hides nothing; without values the answer is no, and the mask is used.
     torch.Tensor.__bool__: lambda tensor: not tensor.is_meta and bool(tensor),
+    # What moves to the CPU has no values to move, and without a GPU there is no pinned memory to move it to.
+    torch.empty: lambda *shape, pin_memory=False, **options: torch.empty(*shape, **options),
+    torch.Tensor.copy_: lambda target, source, *more, **options: (
+        target if source.is_meta and not target.is_meta else target.copy_(source, *more, **options)
+    ),
 }
 
 
@@ -178,17 +185,19 @@ def cut_depth(config: Any, periods: int) -> Any:
 def build_probe(config: Any, adapter: Section, dtype: torch.dtype) -> nn.Module:
     """Return a model on the meta device with its adapter, in training mode, its gradients there already."""
     model: nn.Module = attach_adapter(build_empty(config).to(dtype).requires_grad_(False), adapter).train()
+    if all(weight.requires_grad for weight in model.parameters()):
+        model.to(dtype)  # held in float32, multiplied in this
     for weight in model.parameters():
         if weight.requires_grad:
             weight.grad = torch.empty_like(weight)
     return model
 
 
-def set_checkpointing(model: nn.Module, wanted: bool) -> None:
-    """Switch the recomputation of layers on or off."""
+def set_checkpointing(model: nn.Module, wanted: bool, offload: bool = False) -> None:
+    """Switch the recomputation of layers on or off; with `offload` their inputs wait elsewhere."""
     causal = unwrap(model)
     if wanted:
-        causal.gradient_checkpointing_enable({"use_reentrant": False})
+        causal.gradient_checkpointing_enable({"use_reentrant": False}, offload=offload)
     elif causal.is_gradient_checkpointing:
         causal.gradient_checkpointing_disable()
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from koat.adapters.attach import CONFIG, read_adapter_config
+from koat.adapters.files import CONFIG, list_weight_files, read_adapter_config
 from koat.core.errors import AdapterError, ModelError, RunFolderError
 from koat.core.fingerprint import fingerprint_file
 from koat.core.run_folder import RunFolder
@@ -25,7 +26,7 @@ TOKENIZER = (
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """An adapter on disk, how its base model is loaded, and the run it came from, if there is one."""
+    """An adapter or a whole model on disk, how its base model is loaded, and the run it came from, if there is one."""
 
     name: str
     folder: Path
@@ -38,7 +39,7 @@ class Trained:
         return self.run.predictions if self.run else self.folder / "predictions"
 
     def read_config(self) -> dict[str, Any]:
-        """Return PEFT's configuration of the adapter."""
+        """Return PEFT's configuration of the adapter, or what stands for it."""
         return read_adapter_config(self.folder)
 
     def read_method(self) -> str:
@@ -115,5 +116,6 @@ def public_name(base: str) -> str:
 
 
 def fingerprint_adapter(folder: Path) -> str:
-    """Return the SHA-256 of an adapter's weights."""
-    return fingerprint_file(folder / "adapter_model.safetensors")["sha256"]
+    """Return the SHA-256 of an adapter's weights; of a whole model in several files, that of their hashes."""
+    hashes = [fingerprint_file(path)["sha256"] for path in list_weight_files(folder)]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
