@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.measure import Findings
-from benchmarks.workload import FAMILIES, SIZES, Absent, Options
+from benchmarks.workload import AMOUNT, FAMILIES, SIZES, Absent, Options
 from koat.model import pick_device
 
 Benchmark = Callable[[Options, dict[str, float]], Findings]
@@ -23,7 +23,7 @@ Benchmark = Callable[[Options, dict[str, float]], Findings]
 def parse_options(arguments: list[str] | None = None, description: str | None = None) -> Options:
     """Read the options of a benchmark from the command line."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--minutes", type=float, default=25.0, help="time meant for all benchmarks together")
+    parser.add_argument("--amount", type=float, default=AMOUNT, help=f"share of all items there are; default: {AMOUNT}")
     parser.add_argument("--quick", action="store_true", help="a few examples, tiny models: shows that it runs")
     parser.add_argument("--tokenizer", default="nano", help="tokenizer folder; default: the one that ships")
     parser.add_argument("--base", default="nano", help="base model of the quality comparison")
@@ -39,7 +39,7 @@ def parse_options(arguments: list[str] | None = None, description: str | None = 
         "data": given.data,
     }
     return Options(
-        minutes=given.minutes,
+        amount=given.amount,
         quick=given.quick,
         tokenizer=given.tokenizer,
         base=given.base,

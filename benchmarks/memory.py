@@ -82,6 +82,8 @@ CASES = (
     Case("p_tuning", "qwen3", 2, 256),
     Case("prefix", "llama", 2, 256),
     Case("prefix", "gpt_neox", 1, 512),
+    Case("full", "llama", 2, 384),
+    Case("full", "gpt_neox", 1, 1024, checkpointing=True),
 )
 
 

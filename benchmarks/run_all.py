@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import ia3, memory, score_choices, train_context_qa, train_instructions
+from benchmarks import evaluate, ia3, memory, score_choices, train_context_qa, train_instructions
 from benchmarks.command import keep_quiet, parse_options, print_findings, run_guarded
 from benchmarks.machine import describe_machine, measure_matrix_rate
 from benchmarks.measure import FACTORS, Findings, Result, Table
@@ -21,6 +21,7 @@ BENCHMARKS = {
     "Training, context QA": train_context_qa,
     "Training, instructions": train_instructions,
     "Scoring choices": score_choices,
+    "Evaluation, lm-eval's tasks": evaluate,
     "Lean IA3": ia3,
     "Planned memory": memory,
 }
@@ -89,7 +90,7 @@ def format_page(options: Options, machine: dict[str, str], sections: dict[str, F
     mark = (
         " This was a `--quick` run: it shows that everything runs, its figures mean nothing." if options.quick else ""
     )
-    scale = "--quick" if options.quick else f"--minutes {options.minutes:g}"
+    scale = "--quick" if options.quick else f"--amount {options.amount:g}"
     lines = [
         "# Benchmarks",
         "",
@@ -111,7 +112,9 @@ def summarise(sections: dict[str, Findings]) -> Table:
     for findings in sections.values():
         for result in findings.results:
             key = (result.benchmark, result.peer)
-            if result.ratio is not None and (key not in lowest or result.ratio < (lowest[key].ratio or 0)):
+            if result.ratio is None or result.target is None:
+                continue
+            if key not in lowest or result.ratio < (lowest[key].ratio or 0):
                 lowest[key] = result
     rows = [
         (

@@ -57,8 +57,8 @@ def compare_samplers(options: Options) -> Table:
     """Train IA3 on the shipped base with grouped and with shuffled steps, equal in number and examples."""
     settings = ModelSettings(base=options.base, dtype="float32", device=str(options.device))
     tokenizer = load_tokenizer(settings)
-    num_steps = options.scale(NUM_QUALITY_STEPS, 4)
-    validation = read_context_qa(options, tokenizer, "validation", options.scale(NUM_VALIDATION, 8))
+    num_steps = 4 if options.quick else NUM_QUALITY_STEPS
+    validation = read_context_qa(options, tokenizer, "validation", 8 if options.quick else NUM_VALIDATION)
     # One pass over whole paragraphs: both samplers see exactly the same examples.
     examples = read_context_qa(options, tokenizer, "train", num_steps * STEP)
     training = TrainingSettings(

@@ -12,7 +12,8 @@ torch = pytest.importorskip("torch")
 
 from benchmarks import workload  # noqa: E402
 from benchmarks.choice_prompts import Question, join_context, read_hellaswag, read_mmlu  # noqa: E402
-from benchmarks.score_choices import Ours, build_peer, count_peer_tokens, make_instances, run_peer  # noqa: E402
+from benchmarks.score_choices import Ours, list_spans, make_instances  # noqa: E402
+from benchmarks.scoring import build_peer, count_peer_tokens, run_peer  # noqa: E402
 from koat.evaluation.local_tasks import tidy_wikihow  # noqa: E402
 from koat.forest.verify import verify_layout  # noqa: E402
 
@@ -55,8 +56,8 @@ def test_peer_tokens_are_counted_as_it_merges_them() -> None:
     questions = [Question("abc", (" ", "x", "y"), 0), Question("abcdef", ("gh", "i"), 0)]
     ours = Ours(None, None, make_tokenizer(), questions)  # type: ignore[arg-type]
     # Inputs without their last token: abc, abcdefg, abcdef.
-    assert count_peer_tokens(ours.encode(), 1) == (16, 16)
-    assert count_peer_tokens(ours.encode(), 3) == (16, 21)
+    assert count_peer_tokens(list_spans(ours.encode()), 1) == (16, 16)
+    assert count_peer_tokens(list_spans(ours.encode()), 3) == (16, 21)
 
 
 def test_contexts_are_written_as_the_harness_writes_them() -> None:
