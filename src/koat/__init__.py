@@ -24,7 +24,7 @@ from koat.core.errors import (
 )
 
 if TYPE_CHECKING:
-    from koat.workflows.api import evaluate, finetune, load, merge, plan
+    from koat.workflows.api import compare, evaluate, experiment, finetune, load, merge, plan, write_report
 
 __all__ = [
     "AdapterError",
@@ -35,16 +35,19 @@ __all__ = [
     "ModelError",
     "RunFolderError",
     "TrainingError",
+    "compare",
     "evaluate",
+    "experiment",
     "finetune",
     "load",
     "merge",
     "plan",
+    "write_report",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name in {"evaluate", "finetune", "load", "merge", "plan"}:
+    if name in {"compare", "evaluate", "experiment", "finetune", "load", "merge", "plan", "write_report"}:
         from koat.quantise.load import quieten
 
         quieten()  # before PEFT is imported, and bitsandbytes with it

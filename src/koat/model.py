@@ -72,6 +72,11 @@ def settle_dtype(model: ModelSettings, training: TrainingSettings) -> ModelSetti
     return model
 
 
+def pick_precision(training: TrainingSettings, device: torch.device) -> torch.dtype:
+    """Return the type that training computes in: `auto` takes bfloat16 on CUDA, float32 elsewhere."""
+    return pick_dtype(training.precision, device)
+
+
 def load_config(settings: ModelSettings) -> Any:
     """Load a model's configuration alone. Raises ModelError when it cannot be had."""
     from transformers import AutoConfig

@@ -246,3 +246,26 @@ def test_real_files_train_unedited(name: str, tmp_path: Path) -> None:
     if name == "songys":  # the others are too short to learn from
         assert losses[-1] < losses[0]
     assert 1 <= run.read_manifest()["examples"]["validation"] <= data["validation_limit"]
+
+
+def test_choice_losses_learn_from_the_other_words_of_a_field(place: Path, tmp_path: Path) -> None:
+    from tests.workflows.conftest import list_arguments
+
+    rows = [{"document": row["instruction"], "label": str(number % 2)} for number, row in enumerate(make_rows(24))]
+    data = write_rows(tmp_path / "reviews.jsonl", rows)
+    flags = ["--base", place / "base", "--data", data, "--method", "ia3"]
+    settings = [
+        "data.values={label: {0: 눈이, 1: 비가}}", "data.template={prompt: '{document}:', response: ' {label}'}",
+        "training.unlikelihood=1", "training.choice_loss=1", "training.max_steps=8", "training.learning_rate=0.05",
+        "data.format=table",
+    ]  # fmt: skip
+    for part, budget in (("whole", 4096), ("cut", 20)):
+        given = [*flags, *settings, f"training.tokens_per_microbatch={budget}", "--out", tmp_path / part]
+        status, _, error = call_koat("finetune", *given)
+        assert status == 0, error
+    whole, cut = (read_lines(tmp_path / part / "metrics.jsonl") for part in ("whole", "cut"))
+    assert [line["loss"] for line in cut] == pytest.approx([line["loss"] for line in whole], rel=1e-4)
+    assert whole[-1]["loss"] < whole[0]["loss"]
+    assert all(line["unique_tokens"] < line["tokens"] for line in whole)
+    status, _, error = call_koat(*list_arguments(place), "--out", tmp_path / "none", "training.choice_loss=1")
+    assert status == 2 and "data.values" in error

@@ -7,8 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from koat.adapters.methods import METHODS, Ia3Settings, LoraSettings
+from koat.adapters.attach import attach_adapter
+from koat.adapters.methods import METHODS, FullSettings, Ia3Settings, LoraSettings
+from koat.core.config import Section
+from koat.core.sequence import supervise_from
 from koat.core.settings import ModelSettings, TrainingSettings
+from koat.forest.score import cut_sequences, token_logprobs
+from koat.forest.verify import verify_layout
 from koat.training.optimizer import build_optimizer
 from koat.workflows.memory import LENGTHS, Curve, count_optimizer_bytes, measure_base, measure_footprint
 from koat.workflows.simulate import LiveBytes
@@ -92,14 +97,15 @@ def test_a_dense_square_grows_and_a_walk_does_not() -> None:
     assert masked.kept.square == pytest.approx(2 * 4, abs=1e-6) and masked.squares
 
 
-def test_checkpointing_keeps_a_hidden_state_a_layer() -> None:
-    training = TrainingSettings(activation_checkpointing=True)
+@pytest.mark.parametrize("offload", [False, True])
+def test_checkpointing_keeps_a_hidden_state_a_layer_or_offloads_it(offload: bool) -> None:
+    training = TrainingSettings(activation_checkpointing=True, activation_offload=offload)
     config = make_family_config("llama")
     curves = []
     for depth in (2, 3):
         config.num_hidden_layers = depth
         curves.append(measure_footprint(measure_base(CPU, training, config), LoraSettings(), training).kept)
-    assert curves[1].linear - curves[0].linear == pytest.approx(32 * 4)
+    assert curves[1].linear - curves[0].linear == pytest.approx(0 if offload else 32 * 4)
 
 
 def test_a_head_works_in_chunks() -> None:
@@ -112,3 +118,22 @@ def test_a_head_works_in_chunks() -> None:
 
 def test_methods_of_the_table_are_all_here() -> None:
     assert set(PLANNED) <= set(METHODS)
+
+
+@pytest.mark.parametrize("adapter", [FullSettings(), LoraSettings()], ids=["full", "lora"])
+def test_autocast_keeps_short_activations_and_casts_of_the_weights(adapter: Section) -> None:
+    training = TrainingSettings(precision="bfloat16")
+    footprint = measure_footprint(measure_base(CPU, training, make_family_config("llama")), adapter, training)
+    model = attach_adapter(make_family("llama"), adapter).train()
+    layout, _ = verify_layout(model)
+    ids = torch.randint(0, 300, (513,), generator=torch.Generator().manual_seed(0))
+    batch = next(cut_sequences([supervise_from(tuple(ids.tolist()), 1)], layout, 1000))
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    for weight in trained:
+        weight.grad = torch.zeros_like(weight)
+    with LiveBytes([*model.parameters(), *model.buffers(), *(weight.grad for weight in trained)]) as live:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = -token_logprobs(model, batch, layout).sum()
+        loss.backward()
+    fixed = 4 * sum(weight.numel() for weight in model.parameters()) + 12 * sum(weight.numel() for weight in trained)
+    assert footprint.train_peak(1, 512) == pytest.approx(fixed + live.peak, rel=0.1)

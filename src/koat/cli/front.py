@@ -25,6 +25,9 @@ def koat() -> None:
       koat plan --base DIR_OR_ID             what a run will take, before it takes it
       koat finetune --base DIR_OR_ID --data my_data.jsonl --method ia3 --out runs/mine
       koat eval runs/mine --task nsmc-prompt1 --data test.tsv --shots-from train.tsv
+      koat compare runs/mine runs/other      which is better, by how much, how sure
+      koat report runs/mine runs/other       the same as one HTML page
+      koat experiment koat-vs-lora ...       variants x seeds x tasks from one file
 
     Settings can be given as `section.key=value` on every command; `koat settings` lists them all.
     """

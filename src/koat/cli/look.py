@@ -69,7 +69,7 @@ def show_settings(prefix: str) -> None:
 
 @koat.command("list")
 def list_names() -> None:
-    """List methods, recipes, tasks and prompt templates.
+    """List methods, recipes, experiments, tasks and prompt templates.
 
     \b
     koat list

@@ -52,8 +52,8 @@ class TargetLogprobs(torch.autograd.Function):
         logits, log_sum, row, target = ctx.saved_tensors
         weight = torch.zeros_like(log_sum).index_add_(0, row, gradients[0])
         slope, num_rows = torch.empty_like(logits), count_cached_rows(logits)
-        for part, into, lows, weights in zip(*(torch.split(each, num_rows) for each in (logits, slope, log_sum, weight)),
-                                             strict=True):  # fmt: skip
+        parts = [torch.split(each, num_rows) for each in (logits, slope, log_sum, weight)]
+        for part, into, lows, weights in zip(*parts, strict=True):
             into.copy_(torch.exp(part.float() - lows[:, None]).mul_(-weights[:, None]))
         slope.view(-1).index_add_(0, row * logits.shape[-1] + target, gradients[0].to(slope.dtype))
         return slope, None, None

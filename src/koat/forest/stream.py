@@ -23,6 +23,7 @@ from koat.forest.attend import render_mask
 from koat.forest.build import Forest, IntArray, build_forest
 from koat.forest.head import gather_logprobs, head_scores
 from koat.forest.narrow import narrow_last_layer
+from koat.forest.pack import MicroBatch
 from koat.forest.root import is_rooted
 from koat.forest.score import Layout, cut_sequences, make_walk, score_tokens, set_kernel, unwrap
 
@@ -67,20 +68,26 @@ class Segment:
 def score_forest(
     model: nn.Module, layout: Layout, sequences: ListLike[Sequence], token_budget: int
 ) -> Iterator[Predictions]:
-    """Yield all predictions of sequences that are laid out together, at most `token_budget` tokens at a time.
-
-    Micro-batches of whole trees where they compute little twice, else segments of one forest.
-    """
-    batches = list(cut_sequences(sequences, layout, token_budget))
-    if layout.streams and not is_rooted(model):
-        forest = build_forest(sequences)
-        if sum(batch.num_tokens for batch in batches) > WORTH_WHILE * len(forest):
-            yield from stream_forest(model, layout, forest, token_budget)
-            return
+    """Yield all predictions of sequences that are laid out together, at most `token_budget` tokens at a time."""
+    laid_out = lay_out(model, layout, sequences, token_budget)
+    if isinstance(laid_out, Forest):
+        yield from stream_forest(model, layout, laid_out, token_budget)
+        return
     device = unwrap(model).device
-    for batch in batches:
+    for batch in laid_out:
         moved = batch.to(device)
         yield Predictions(moved.owner, moved.target, *score_tokens(model, moved, layout), batch.num_tokens)
+
+
+def lay_out(
+    model: nn.Module, layout: Layout, sequences: ListLike[Sequence], token_budget: int
+) -> Forest | list[MicroBatch]:
+    """Return micro-batches of whole trees where they compute little twice, else one forest to be streamed."""
+    batches = list(cut_sequences(sequences, layout, token_budget))
+    if not layout.streams or is_rooted(model):
+        return batches
+    forest = build_forest(sequences)
+    return forest if sum(batch.num_tokens for batch in batches) > WORTH_WHILE * len(forest) else batches
 
 
 def stream_forest(model: nn.Module, layout: Layout, forest: Forest, token_budget: int) -> Iterator[Predictions]:

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as ListLike
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from koat.core.config import Layer, resolve
 from koat.core.run_folder import RunFolder
 from koat.core.settings import ModelSettings
 from koat.training.loop import StepRecord
+from koat.workflows.compare import compare_targets
 from koat.workflows.config import PlanConfig, RunConfig, resolve_run
 from koat.workflows.evaluate import Subject, evaluate_subject, open_subject
+from koat.workflows.experiment.file import load_experiment
+from koat.workflows.experiment.jobs import run_in_processes
+from koat.workflows.experiment.plan import plan_experiment
+from koat.workflows.experiment.run import Outcome, Watch, run_experiment
 from koat.workflows.finetune import finetune_run
 from koat.workflows.merge import Merge, merge_run
 from koat.workflows.plan import Plan, plan_run
+from koat.workflows.report import write_report as write_page
 
 
 def finetune(
@@ -50,20 +57,27 @@ def evaluate(
     target: str | Path | Subject,
     *,
     tasks: ListLike[str],
-    data: str | Path,
+    data: str | Path | None = None,
     shots: str | Path | None = None,
+    data_dir: str | Path | None = None,
+    include_path: str | Path | None = None,
     num_shots: int | None = None,
     limit: int | str | None = None,
     seed: int | None = None,
+    chat_template: bool = False,
     model: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Evaluate on tasks and return scores with intervals, contracts and conditions; predictions are kept.
 
-    `target` is as for `load`, or what `load` returned.
+    `target` is as for `load`, or what `load` returned. A task is one of koat's own (`data` holds its items), or any
+    of lm-evaluation-harness (`data_dir` holds the files of its `local_` variants).
     """
     subject = target if isinstance(target, Subject) else load(target, model)
-    shots = str(shots) if shots is not None else None
-    return evaluate_subject(subject, tasks, str(data), shots, num_shots=num_shots, limit=limit, seed=seed)
+    data, shots = (None if path is None else str(path) for path in (data, shots))
+    return evaluate_subject(
+        subject, tasks, data, shots, data_dir=data_dir, include_path=include_path, num_shots=num_shots, limit=limit,
+        seed=seed, chat_template=chat_template,
+    )  # fmt: skip
 
 
 def merge(
@@ -86,3 +100,52 @@ def merge(
 def plan(settings: Mapping[str, Any], *, recipe: str | None = None) -> Plan:
     """Plan a run from configurations alone: parameters, adapter size, memory."""
     return plan_run(resolve_run(PlanConfig, recipe=recipe, flags=settings).settings)
+
+
+def compare(
+    targets: ListLike[str | Path], *, only: ListLike[str] = (), names: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """Compare runs, folders of scores and published tables, as `koat compare` does; the result is JSON-safe.
+
+    `names` gives targets other names than their folders'. Raises KoatError when nothing may be compared.
+    """
+    return compare_targets([str(target) for target in targets], only, names)
+
+
+def write_report(
+    targets: ListLike[str | Path],
+    *,
+    out: str | Path = "report.html",
+    language: Literal["en", "ko"] = "en",
+    title: str = "",
+    names: Mapping[str, str] | None = None,
+    only: ListLike[str] = (),
+) -> Path:
+    """Write a self-contained HTML page about runs, folders of scores and published tables, as `koat report` does.
+
+    Returns `out`. Raises KoatError when a target cannot be read.
+    """
+    places = [str(target) for target in targets]
+    return write_page(places, Path(out), language=language, title=title, names=names, only=only)
+
+
+def experiment(
+    file: str | Path,
+    *,
+    out: str | Path,
+    inputs: Mapping[str, str | Path] | None = None,
+    settings: Mapping[str, Any] | None = None,
+    jobs: int = 1,
+    overwrite: ListLike[str] = (),
+    language: Literal["en", "ko"] = "en",
+    watch: Watch | None = None,
+) -> Outcome:
+    """Run an experiment as far as it is missing and return where it is, its comparison and its report.
+
+    `file` is a name that ships or a YAML file; `inputs` are what it asks for; `settings` is nested, `{"model":
+    {"base": ...}, "ia3": {"training": ...}, "seeds": [0, 1]}`. Raises TrainingError at the end when cells failed.
+    """
+    given = {name: str(value) for name, value in (inputs or {}).items()}
+    plan = plan_experiment(load_experiment(str(file), given, settings), Path(out), overwrite=overwrite)
+    several = partial(run_in_processes, jobs=jobs, overwrite=overwrite) if jobs > 1 else None
+    return run_experiment(plan, overwrite=overwrite, language=language, watch=watch, run_cells=several)

@@ -81,7 +81,11 @@ def resolve_run(
     """
     layers = [Layer("recipe", read_recipe(recipe))] if recipe else []
     layers += [Layer("file", read_config_file(file))] if file else []
-    layers += [Layer("flag", flags or {})]
+    return resolve_layers(schema, [*layers, Layer("flag", flags or {})])
+
+
+def resolve_layers(schema: type[Any], layers: list[Layer]) -> Resolved[Any]:
+    """Resolve a configuration from the defaults of the method that the layers choose, and the layers over them."""
     method = merge_values(layers, ("adapter", "method")) or "ia3"
     brought: dict[str, Any] = {"adapter": {"method": method}}
     if method in METHODS:

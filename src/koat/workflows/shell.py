@@ -52,19 +52,21 @@ def run_finetune(resolved: Resolved[Any], out: Path, *, resume: bool, overwrite:
 def run_evaluation(
     target: str,
     tasks: list[str],
-    data: str,
-    shots: str | None,
     *,
     loading: dict[str, Any],
     out: Path | None,
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Evaluate with progress and print the scores."""
+    """Evaluate with progress and print the scores; `options` are the fields of `Asking`."""
     quiet_libraries()
     from koat.report.scores import print_scores
-    from koat.workflows.evaluate import evaluate_subject, open_subject
+    from koat.workflows.asking import Asking
+    from koat.workflows.evaluate import evaluate_exam
+    from koat.workflows.exam import gather_exam
+    from koat.workflows.subject import open_subject
 
+    exam = gather_exam(tasks, Asking(**options))  # before the model is loaded: a wrong name costs nothing
     # A base that is not given stays empty here: the run or the adapter knows its own.
     settings = resolve(ModelSettings, [Layer("flag", {"base": "", **loading})]).settings if loading else None
     subject = open_subject(target, settings, out)
@@ -73,7 +75,7 @@ def run_evaluation(
     def show(task: str, done: int, total: int) -> None:
         lines.setdefault(task, ProgressLine(task)).update(done, total)
 
-    report = evaluate_subject(subject, tasks, data, shots, on_progress=show, **options)
+    report = evaluate_exam(subject, exam, on_progress=show)
     if as_json:
         print(json.dumps(report, ensure_ascii=False, indent=2))
         return
@@ -101,14 +103,16 @@ def run_demo(out: Path) -> None:
 
 
 def run_listing() -> None:
-    """Print methods, recipes, tasks and templates by name."""
+    """Print methods, recipes, experiments, tasks and templates by name."""
     from koat.adapters.methods import METHODS
     from koat.data.prompts import list_templates
-    from koat.evaluation.task import list_tasks, load_task
+    from koat.evaluation.catalogue import list_tasks, load_task
     from koat.workflows.config import describe_recipe, list_recipes
+    from koat.workflows.experiment.file import describe_experiment, list_experiments
 
     rows = [("method", name, method.title) for name, method in METHODS.items()]
     rows += [("recipe", name, describe_recipe(name)) for name in list_recipes()]
+    rows += [("experiment", name, describe_experiment(name)) for name in list_experiments()]
     rows += [("task", name, load_task(name).title.en) for name in list_tasks()]
     rows += [("template", name, "") for name in list_templates()]
     print_table(make_table("", ("kind", "name", "what it is"), rows, numeric=9))

@@ -1,0 +1,223 @@
+"""Run an experiment: train and evaluate what is missing, cell by cell, then compare and report."""
+
+from __future__ import annotations
+
+import gc
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from koat.core.atomic import cannot_write, remove, write_json, write_text, write_yaml
+from koat.core.config import Resolved, to_mapping
+from koat.core.errors import DataError, KoatError, RunFolderError, TrainingError, suggest
+from koat.core.run_folder import RunFolder
+from koat.report.comparison import to_csv, to_markdown
+from koat.training.loop import StepRecord
+from koat.workflows.compare import compare_targets
+from koat.workflows.config import RunConfig
+from koat.workflows.evaluate import evaluate_exam
+from koat.workflows.exam import gather_exam
+from koat.workflows.experiment.cells import FILE, RECORD, Cell, ExperimentPlan, describe_evaluation
+from koat.workflows.experiment.checks import make_asking
+from koat.workflows.experiment.file import Evaluation, read_experiment
+from koat.workflows.finetune import finetune_run
+from koat.workflows.prepare import Say, settle_paths
+from koat.workflows.subject import Subject, load_subject, open_subject
+
+
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """Who is told of what happens: sentences, training steps by cell, evaluated items by cell and task."""
+
+    say: Say = lambda text: None
+    on_step: Callable[[str, StepRecord], None] = lambda cell, record: None
+    on_item: Callable[[str, str, int, int], None] = lambda cell, task, done, total: None
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What an experiment ended in; `comparison` is empty where fewer than two subjects could be compared."""
+
+    folder: Path
+    comparison: dict[str, Any] = field(default_factory=dict)
+    report: Path | None = None
+
+
+RunCells = Callable[[ExperimentPlan, Sequence[Cell]], dict[str, str]]
+
+
+def run_experiment(
+    plan: ExperimentPlan,
+    *,
+    overwrite: Sequence[str] = (),
+    language: Literal["en", "ko"] = "en",
+    watch: Watch | None = None,
+    run_cells: RunCells | None = None,
+) -> Outcome:
+    """Do what is missing of an experiment, then write comparison and report from what is there.
+
+    `run_cells` does the cells and returns the failures by name; without it they are done here, one by one. A cell
+    that fails does not stop the others; TrainingError names them at the end, after the report. Killed anywhere,
+    the same call goes on.
+    """
+    watch = watch or Watch()
+    claim_folder(plan)
+    waiting = [cell for cell in plan.cells if cell.name in overwrite or not plan.is_done(cell)]
+    watch.say(f"{plan.experiment.name}: {len(plan.cells)} cells, {len(plan.cells) - len(waiting)} of them done")
+    failures = run_cells(plan, waiting) if run_cells else run_in_turn(plan, waiting, overwrite, watch)
+    outcome = finish_experiment(plan, language, watch.say)
+    if failures:
+        lines = [f"{name}: {text}" for name, text in failures.items()]
+        raise TrainingError(
+            "\n  ".join([f"{len(failures)} of {len(plan.cells)} cells failed:", *lines])
+            + "\nThe same command goes on with them."
+        )
+    return outcome
+
+
+def claim_folder(plan: ExperimentPlan) -> None:
+    """Make the experiment's folder and put its filled-in file there, refusing a folder of something else."""
+    file = plan.out / FILE
+    if file.exists():
+        other = read_experiment(str(file)).get("name")
+        if other != plan.experiment.name:
+            raise RunFolderError(f"{plan.out} holds the experiment {other!r}. Choose another --out.")
+    elif plan.out.exists() and (not plan.out.is_dir() or any(plan.out.iterdir())):
+        raise RunFolderError(f"{plan.out} is not empty and holds no experiment. Choose another --out.")
+    write_yaml(file, to_mapping(plan.experiment))
+
+
+def run_in_turn(plan: ExperimentPlan, cells: Sequence[Cell], overwrite: Sequence[str], watch: Watch) -> dict[str, str]:
+    """Run cells one after the other in this process; return the failures by name."""
+    failures: dict[str, str] = {}
+    for number, cell in enumerate(cells, 1):
+        watch.say(f"[{number}/{len(cells)}] {cell.name}")
+        try:
+            run_cell(plan, cell, watch, overwrite=cell.name in overwrite)
+        except Exception as error:  # a bug in one cell is no reason to lose the night for the others
+            failures[cell.name] = str(error) if isinstance(error, KoatError) else traceback.format_exc()
+            watch.say(f"! {cell.name} failed: {error}")
+        gc.collect()
+    return failures
+
+
+def run_cell(plan: ExperimentPlan, cell: Cell, watch: Watch, *, overwrite: bool = False) -> None:
+    """Train a cell where that is missing, going on from its latest checkpoint, and ask it what it was not asked."""
+    with hold_cell(cell):
+        if overwrite and cell.seed is None:
+            remove(RunFolder(cell.folder).predictions)
+        missing = plan.evaluations if overwrite else plan.list_missing(cell)
+        # Before training: a task whose data cannot be had would be found out about a night later.
+        exams = [(each, gather_exam(each.tasks, make_asking(each))) for each in missing]
+        if overwrite or not cell.is_trained():
+            train_cell(cell, watch, overwrite)
+        if not exams:
+            return
+        subject = open_cell(cell)
+        for evaluation, exam in exams:
+            evaluate_exam(subject, exam, on_progress=partial(watch.on_item, cell.name))
+            record_evaluation(cell, evaluation)
+
+
+def train_cell(cell: Cell, watch: Watch, overwrite: bool) -> None:
+    """Train a cell's run, or go on with it."""
+    settings = cell.resolved.settings
+    if isinstance(settings, RunConfig):
+        finetune_run(
+            Resolved(settings, cell.resolved.origins),
+            cell.folder,
+            resume=cell.is_begun() and not overwrite,
+            overwrite=overwrite,
+            say=watch.say,
+            on_step=lambda record: watch.on_step(cell.name, record),
+        )
+
+
+def open_cell(cell: Cell) -> Subject:
+    """Load a cell's model, ready to be asked."""
+    if cell.seed is not None:
+        return open_subject(str(cell.folder))
+    return load_subject(cell.name, cell.model, None, RunFolder(cell.folder).predictions)
+
+
+def record_evaluation(cell: Cell, evaluation: Evaluation) -> None:
+    """Note that a cell was asked something; an earlier answer to the same task with the same shots is replaced."""
+    asked = describe_evaluation(evaluation)
+    same = ("tasks", "shots", "seed")
+    others = [
+        each
+        for each in cell.read_record()["evaluations"]
+        if [each[key] for key in same] != [asked[key] for key in same]
+    ]
+    model = settle_paths(cell.resolved.settings)["model"]
+    write_json(RunFolder(cell.folder).predictions / RECORD, {"model": model, "evaluations": [*others, asked]})
+
+
+@contextmanager
+def hold_cell(cell: Cell) -> Iterator[None]:
+    """Keep other processes from working on a cell. Raises RunFolderError when one does already."""
+    path = cell.folder.with_name(f".{cell.name}.lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w") as file:
+            if not _lock(file):
+                raise RunFolderError(
+                    f"{cell.folder} is being worked on by another process. Wait for it, or end it, then try again."
+                )
+            yield
+    except OSError as error:
+        raise cannot_write(path, error.errno, error) from error
+
+
+def _lock(file: IO[str]) -> bool:
+    """Lock a file until it is closed or the process ends, however it ends; true where the system cannot."""
+    try:
+        import fcntl
+    except ImportError:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def find_cell(plan: ExperimentPlan, name: str) -> Cell:
+    """Return a cell by name. Raises RunFolderError with the nearest."""
+    cells = {cell.name: cell for cell in plan.cells}
+    if name not in cells:
+        raise RunFolderError(f"there is no cell {name!r}{suggest(name, cells)}; there are: {', '.join(cells)}")
+    return cells[name]
+
+
+def finish_experiment(plan: ExperimentPlan, language: Literal["en", "ko"], say: Say) -> Outcome:
+    """Compare the cells that are done, and write comparison.csv, comparison.md and report.html."""
+    names = {str(cell.folder): cell.subject for cell in plan.cells if plan.is_done(cell)}
+    if not names:
+        return Outcome(plan.out)
+    title = plan.experiment.title
+    report = write_experiment_report(plan, names, language, getattr(title, language) or plan.experiment.name)
+    try:
+        found = compare_targets(list(names), names=names)
+    except DataError as error:
+        say(f"! nothing to compare: {error}")
+        return Outcome(plan.out, {}, report)
+    write_text(plan.out / "comparison.csv", to_csv(found))
+    write_text(plan.out / "comparison.md", to_markdown(found))
+    return Outcome(plan.out, found, report)
+
+
+def write_experiment_report(
+    plan: ExperimentPlan, names: dict[str, str], language: Literal["en", "ko"], title: str
+) -> Path:
+    """Write the experiment's page, with the command that does it again."""
+    from koat.workflows.report import write_report
+
+    command = f"koat experiment {plan.out / FILE} --out {plan.out}"
+    return write_report(
+        list(names), plan.out / "report.html", language=language, title=title, names=names, reproduce=[command]
+    )

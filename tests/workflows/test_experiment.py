@@ -1,0 +1,433 @@
+"""Experiments: what a file may say, what is planned, and that killed anywhere they end in the same bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import koat
+from koat.core.config_files import dump_yaml, read_config_file
+from koat.core.errors import ConfigError, RunFolderError, TrainingError
+from koat.core.json_lines import read_lines
+from koat.report.experiment import print_cells
+from koat.workflows.experiment import jobs as experiment_jobs
+from koat.workflows.experiment.cells import ExperimentPlan
+from koat.workflows.experiment.file import list_experiments, load_experiment, read_experiment, split_items
+from koat.workflows.experiment.plan import describe_cells, plan_experiment
+from koat.workflows.experiment.run import Outcome, Watch, hold_cell
+from tests.tiny_base import call_koat, run_koat, start_koat
+
+SAMPLES = Path(koat.__file__).parent / "nano" / "samples"
+WEIGHTS = "adapter/adapter_model.safetensors"
+SMALL: dict[str, Any] = {
+    "name": "small",
+    "title": {"en": "Two rates", "ko": "두 학습률"},
+    "inputs": {"base": "A tiny base model", "train": "Rows to train on", "test": "Reviews to test on"},
+    "settings": {
+        "model": {"base": "${base}"},
+        "data": {"train": ["${train}"]},
+        "training": {"max_steps": 3, "batch_size": 4, "save_every": 1},
+    },
+    "seeds": [0, 1],
+    "variants": [
+        {"name": "base", "train": False},
+        {"name": "slow", "settings": {"training": {"learning_rate": 1e-3}}},
+        {"name": "quick", "settings": {"training": {"learning_rate": 5e-2}}},
+    ],
+    "evaluate": [{"tasks": ["nsmc-prompt1", "nsmc-prompt2"], "data": "${test}", "shots": 0, "limit": 6}],
+}
+CELLS = ["base", "slow-seed0", "slow-seed1", "quick-seed0", "quick-seed1"]
+
+
+@pytest.fixture(scope="module")
+def inputs(place: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What the small experiment asks for."""
+    rows = [f"{n}\t{'비가 옵니다' if n % 3 else '눈이 많이'} {n}\t{n % 2}" for n in range(10)]
+    test = tmp_path_factory.mktemp("reviews") / "test.tsv"
+    test.write_text("\n".join(["id\tdocument\tlabel", *rows]) + "\n", encoding="utf-8")
+    return {"base": str(place / "base"), "train": str(place / "rows.jsonl"), "test": str(test)}
+
+
+def write_file(folder: Path, **changes: Any) -> Path:
+    """Write the small experiment with changes and return its file."""
+    path = folder / "small.yaml"
+    path.write_text(dump_yaml({**SMALL, **changes}), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(inputs: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    """The small experiment, done without a stop."""
+    folder = tmp_path_factory.mktemp("whole")
+    return koat.experiment(write_file(folder), out=folder / "out", inputs=inputs)
+
+
+def read_weights(out: Path) -> dict[str, bytes]:
+    """Return the bytes of every cell's adapter."""
+    return {name: (out / "runs" / name / WEIGHTS).read_bytes() for name in CELLS if name != "base"}
+
+
+def read_scores(out: Path) -> dict[tuple[str, str], Any]:
+    """Return every cell's scores by cell and task."""
+    return {
+        (name, result["task"]): (result["scores"], result["contracts"])
+        for name in CELLS
+        for path in (out / "runs" / name / "predictions").glob("*.scores.json")
+        for result in json.loads(path.read_text(encoding="utf-8"))["results"]
+    }
+
+
+def plan_small(out: Path, inputs: dict[str, str], **changes: Any) -> ExperimentPlan:
+    """Plan the small experiment with changes."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    return plan_experiment(load_experiment(str(write_file(out.parent, **changes)), inputs), out)
+
+
+# What is done --------------------------------------------------------------------------------------------------
+
+
+def test_every_variant_is_trained_with_every_seed_and_asked_the_same(whole: Outcome) -> None:
+    assert sorted(path.name for path in (whole.folder / "runs").iterdir() if path.is_dir()) == sorted(CELLS)
+    weights = read_weights(whole.folder)
+    assert len(set(weights.values())) == 4
+    assert len(read_scores(whole.folder)) == 10
+    names = [subject["name"] for subject in whole.comparison["subjects"]]
+    assert names == ["base", "slow (2 seeds)", "quick (2 seeds)"]
+    assert len(whole.comparison["comparisons"]) == 3 * 2 * 2  # pairs, prompts, ways to score
+    assert whole.comparison["refusals"] == []
+    lines = (whole.folder / "comparison.csv").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 1 + 12
+    assert "quick (2 seeds)" in (whole.folder / "comparison.md").read_text(encoding="utf-8")
+
+
+def test_the_report_names_variants_and_how_to_do_it_again(whole: Outcome) -> None:
+    assert whole.report is not None
+    page = whole.report.read_text(encoding="utf-8")
+    for words in ("Two rates", "slow", "quick", "koat experiment", str(whole.folder / "experiment.yaml")):
+        assert words in page
+
+
+def test_what_is_done_is_not_done_again(whole: Outcome, inputs: dict[str, str], tmp_path: Path) -> None:
+    times = {path: path.stat().st_mtime_ns for path in (whole.folder / "runs").rglob("*") if path.is_file()}
+
+    def forbid(*_: Any) -> None:
+        raise AssertionError("nothing is left to do")
+
+    again = koat.experiment(
+        write_file(tmp_path), out=whole.folder, inputs=inputs, watch=Watch(on_step=forbid, on_item=forbid)
+    )
+    assert again.comparison == whole.comparison
+    left = {path: path.stat().st_mtime_ns for path in (whole.folder / "runs").rglob("*") if path.is_file()}
+    assert {path for path in left if times.get(path) != left[path]} <= set((whole.folder / "runs").glob(".*.lock"))
+    # The filled-in file beside the cells stands for the file and its inputs.
+    status, out, error = call_koat("experiment", whole.folder / "experiment.yaml", "--out", whole.folder, "--dry-run")
+    assert status == 0, error
+    assert "5 cells, 5 done" in out
+
+
+def test_interrupted_and_continued_it_ends_in_the_same_bytes(
+    whole: Outcome, inputs: dict[str, str], tmp_path: Path
+) -> None:
+    file, seen = write_file(tmp_path), []
+
+    def stop(cell: str, record: Any) -> None:
+        seen.append((cell, record.step))
+        if (cell, record.step) == ("slow-seed1", 2):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        koat.experiment(file, out=tmp_path / "out", inputs=inputs, watch=Watch(on_step=stop))
+    rows = {row["cell"]: row["training"] for row in describe_cells(plan_small(tmp_path / "out", inputs))}
+    assert rows == {
+        "base": "", "slow-seed0": "done", "slow-seed1": "begun", "quick-seed0": "missing", "quick-seed1": "missing"
+    }  # fmt: skip
+
+    def stop_asking(cell: str, task: str, done: int, total: int) -> None:
+        if (cell, task) == ("quick-seed0", "nsmc-prompt2"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        koat.experiment(file, out=tmp_path / "out", inputs=inputs, watch=Watch(on_item=stop_asking))
+    found = koat.experiment(file, out=tmp_path / "out", inputs=inputs, watch=Watch(on_step=stop))
+    assert seen[-3:] == [("quick-seed1", 1), ("quick-seed1", 2), ("quick-seed1", 3)]
+    assert read_weights(found.folder) == read_weights(whole.folder)
+    assert read_scores(found.folder) == read_scores(whole.folder)
+    steps = [line["step"] for line in read_lines(found.folder / "runs" / "slow-seed1" / "metrics.jsonl")]
+    assert steps == [1, 2, 3]
+
+
+def test_a_failing_cell_does_not_stop_the_others(inputs: dict[str, str], tmp_path: Path) -> None:
+    out, said = tmp_path / "out", []
+
+    def fail(cell: str, record: Any) -> None:
+        if cell == "slow-seed0":
+            raise ZeroDivisionError("a bug")
+        if cell == "slow-seed1":
+            raise koat.TrainingError("the loss is no number")
+
+    with pytest.raises(TrainingError, match="2 of 5 cells failed") as failure:
+        koat.experiment(write_file(tmp_path), out=out, inputs=inputs, watch=Watch(said.append, on_step=fail))
+    assert "slow-seed1: the loss is no number" in str(failure.value)
+    assert "ZeroDivisionError: a bug" in str(failure.value)
+    assert "Traceback" in str(failure.value)
+    assert (out / "runs" / "quick-seed1" / WEIGHTS).exists()
+    assert "quick (2 seeds)" in (out / "comparison.md").read_text(encoding="utf-8")
+    assert "! slow-seed0 failed: a bug" in said
+
+
+STAND_IN = """
+import os, sys
+name = sys.argv[sys.argv.index("--cell") + 1]
+print("on", os.environ["CUDA_VISIBLE_DEVICES"], "with", os.environ["OMP_NUM_THREADS"], *sys.argv[1:4])
+if name == "slow-seed1":
+    print("koat: the disk is full")
+    sys.exit(2)
+"""
+
+
+def test_processes_take_turns_and_say_how_they_ended(
+    inputs: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(experiment_jobs, "RUN", STAND_IN)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    plan, said = plan_small(tmp_path / "out", inputs), []
+    failures = experiment_jobs.run_in_processes(plan, plan.cells, 2, say=said.append)
+    logs = {cell.name: experiment_jobs.find_log(plan, cell).read_text(encoding="utf-8") for cell in plan.cells}
+    assert logs["base"].startswith("on 4 with") and logs["slow-seed0"].startswith("on 7 with")
+    command = f"experiment {tmp_path / 'out' / 'experiment.yaml'} --out"
+    assert all(command in text for text in logs.values())
+    assert f" with {max(1, (os.cpu_count() or 1) // 2)} " in logs["base"]
+    assert list(failures) == ["slow-seed1"]
+    assert failures["slow-seed1"].startswith("the disk is full (status 2; all of it in ")
+    assert sum("begun" in text for text in said) == 5
+    assert sum("done" in text for text in said) == 4
+
+
+# What has changed ----------------------------------------------------------------------------------------------
+
+
+def test_changed_settings_are_refused_by_name(whole: Outcome, inputs: dict[str, str], tmp_path: Path) -> None:
+    before = read_weights(whole.folder)
+    with pytest.raises(ConfigError, match=r"quick-seed0: training\.learning_rate\n.*quick-seed1") as failure:
+        koat.experiment(
+            write_file(tmp_path),
+            out=whole.folder,
+            inputs=inputs,
+            settings={"quick": {"training": {"learning_rate": 1}}},
+        )
+    assert "slow-seed0" not in str(failure.value)
+    assert "--overwrite quick-seed0 --overwrite quick-seed1" in str(failure.value)
+    with pytest.raises(ConfigError, match=r"base: model\.dtype"):
+        koat.experiment(
+            write_file(tmp_path), out=whole.folder, inputs=inputs, settings={"base": {"model": {"dtype": "bfloat16"}}}
+        )
+    assert read_weights(whole.folder) == before
+
+
+def test_changed_data_is_refused_and_overwriting_trains_again(inputs: dict[str, str], tmp_path: Path) -> None:
+    train = tmp_path / "rows.jsonl"
+    lines = Path(inputs["train"]).read_text(encoding="utf-8").splitlines(keepends=True)
+    train.write_text("".join(lines[:20]), encoding="utf-8")
+    file = write_file(tmp_path, variants=SMALL["variants"][:2], seeds=[0])
+    arguments: dict[str, Any] = {"out": tmp_path / "out", "inputs": {**inputs, "train": str(train)}}
+    koat.experiment(file, **arguments)
+    before = (tmp_path / "out" / "runs" / "slow-seed0" / WEIGHTS).read_bytes()
+    train.write_text("".join(lines), encoding="utf-8")
+    with pytest.raises(ConfigError, match="slow-seed0: what the data files hold"):
+        koat.experiment(file, **arguments)
+    found = koat.experiment(file, **arguments, overwrite=["slow-seed0"])
+    assert (tmp_path / "out" / "runs" / "slow-seed0" / WEIGHTS).read_bytes() != before
+    assert len(found.comparison["comparisons"]) == 4
+    with pytest.raises(ConfigError, match="there is no such cell"):
+        koat.experiment(file, **arguments, overwrite=["slow-seed7"])
+
+
+def test_more_may_be_asked_and_more_seeds_trained(inputs: dict[str, str], tmp_path: Path) -> None:
+    file = write_file(tmp_path, variants=SMALL["variants"][:2], seeds=[0])
+    koat.experiment(file, out=tmp_path / "out", inputs=inputs)
+    weights = (tmp_path / "out" / "runs" / "slow-seed0" / WEIGHTS).stat().st_mtime_ns
+    more = {"seeds": [0, 1], "evaluate": {"limit": "all"}}
+    found = koat.experiment(file, out=tmp_path / "out", inputs=inputs, settings=more)
+    assert (tmp_path / "out" / "runs" / "slow-seed0" / WEIGHTS).stat().st_mtime_ns == weights
+    assert {row["num_items"] for column in found.comparison["columns"] for row in column["rows"]} == {10}
+    assert found.comparison["notes"] == []
+    assert found.comparison["subjects"][1]["seeds"] == [0, 1]
+
+
+def test_folders_of_something_else_are_left_alone(whole: Outcome, inputs: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("x", encoding="utf-8")
+    with pytest.raises(RunFolderError, match="holds no experiment"):
+        koat.experiment(write_file(tmp_path), out=tmp_path / "mine", inputs=inputs)
+    with pytest.raises(RunFolderError, match="holds the experiment 'small'"):
+        koat.experiment(write_file(tmp_path, name="other"), out=whole.folder, inputs=inputs)
+
+
+def test_two_processes_cannot_work_on_one_cell(inputs: dict[str, str], tmp_path: Path) -> None:
+    plan = plan_small(tmp_path / "out", inputs)
+    with hold_cell(plan.cells[0]), pytest.raises(RunFolderError, match="another process"), hold_cell(plan.cells[0]):
+        pass
+
+
+# What a file may say -------------------------------------------------------------------------------------------
+
+
+def test_missing_inputs_are_asked_for_together(tmp_path: Path) -> None:
+    status, _, error = call_koat("experiment", write_file(tmp_path), "base=nano", "--out", tmp_path / "out")
+    assert status == 2
+    assert "train  Rows to train on" in error
+    assert "test   Reviews to test on" in error
+    assert "base=PATH train=PATH test=PATH --out experiments/small" in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"varients": []}, "did you mean 'variants'"),
+        ({"variants": [{"nam": "a"}]}, r"variants\[0\]\.name: missing"),
+        ({"variants": [{"name": "a"}, {"name": "a"}]}, "two variants are called 'a'"),
+        ({"variants": [{"name": "data"}]}, "'data' is the name of a group of settings"),
+        ({"variants": [{"name": "a/b"}]}, "of the form"),
+        ({"evaluate": [{"tasks": ["x"], "shot": 3}]}, r"did you mean 'evaluate\[0\]\.shots'"),
+        ({"evaluate": [{"tasks": ["x", "x"]}]}, "asked twice"),
+        ({"inputs": {"train": "rows"}}, r"\$\{base\} is used"),
+        ({"seeds": [-1]}, "at least 0"),
+    ],
+)
+def test_a_wrong_file_is_refused_with_the_place(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=words):
+        load_experiment(str(write_file(tmp_path, **changes)))
+
+
+def test_all_wrong_settings_are_told_at_once(inputs: dict[str, str], tmp_path: Path) -> None:
+    variants = [
+        {"name": "a", "settings": {"training": {"learning_rat": 1}}},
+        {"name": "b", "settings": {"adapter": {"method": "loar"}}},
+        {"name": "c", "settings": {"training": {"seed": 1}}},
+    ]
+    with pytest.raises(ConfigError) as failure:
+        plan_small(tmp_path / "out", {**inputs, "test": "nowhere.tsv"}, variants=variants)
+    for words in ("training.learning_rate", "'lora'", "c: training.seed", "seeds=[0,1,2]", "nowhere.tsv"):
+        assert words in str(failure.value)
+
+
+@pytest.mark.parametrize(
+    ("items", "words"),
+    [
+        (["tran=x"], "tran: there is no such input (did you mean 'train'?)"),
+        (["slwo.training.epochs=2"], "slwo: there is no such section or variant (did you mean 'slow'?)"),
+        (["training.learning_rate=1"], "Give slow.training.learning_rate=..."),
+        (["evaluate.limt=3"], "did you mean 'evaluate[0].limit'?"),
+    ],
+)
+def test_wrong_items_are_refused(items: list[str], words: str, inputs: dict[str, str], tmp_path: Path) -> None:
+    given, overrides = split_items(items)
+    with pytest.raises(ConfigError) as failure:
+        load_experiment(str(write_file(tmp_path)), {**inputs, **given}, overrides)
+    assert words in str(failure.value)
+
+
+def test_items_reach_their_places(inputs: dict[str, str], tmp_path: Path) -> None:
+    given = [f"{name}={value}" for name, value in inputs.items()]
+    items = [*given, "training.max_steps=2", "slow.adapter.method=lora", "seeds=[5]", "evaluate.limit=3"]
+    filled = load_experiment(str(write_file(tmp_path)), *split_items(items))
+    assert filled.seeds == [5]
+    assert {each.limit for each in filled.evaluate} == {3}
+    cells = {cell.name: cell for cell in plan_experiment(filled, tmp_path / "out").cells}
+    assert list(cells) == ["base", "slow-seed5", "quick-seed5"]
+    slow, quick = (cells[name].resolved.settings for name in ("slow-seed5", "quick-seed5"))
+    assert (slow.adapter.method, quick.adapter.method) == ("lora", "ia3")
+    assert slow.training.max_steps == quick.training.max_steps == 2
+    assert slow.training.learning_rate == 1e-3
+
+
+def test_several_bases_make_a_cell_each(inputs: dict[str, str], tmp_path: Path) -> None:
+    settings = {key: value for key, value in SMALL["settings"].items() if key != "model"}
+    bases = {"tiny": {"base": inputs["base"]}, "nano": {"base": "nano"}}
+    plan = plan_small(tmp_path / "out", inputs, settings=settings, bases=bases, seeds=[0])
+    assert [cell.name for cell in plan.cells][:3] == ["tiny-base", "tiny-slow-seed0", "tiny-quick-seed0"]
+    assert [cell.subject for cell in plan.cells][3:] == ["base on nano", "slow on nano", "quick on nano"]
+    counts = {row["subject"]: row["trainable_parameters"] for row in describe_cells(plan)}
+    assert counts["slow on nano"] == koat.plan({"model": {"base": "nano"}}).trainable_parameters
+    assert counts["slow on tiny"] != counts["slow on nano"]
+    assert counts["base on tiny"] == 0
+
+
+@pytest.mark.parametrize("name", list_experiments())
+def test_what_ships_can_be_planned(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = {"train": str(SAMPLES / "reviews_train.tsv"), "test": str(SAMPLES / "reviews_test.tsv")}
+    wanted = read_experiment(name)["inputs"]
+    experiment = load_experiment(name, {key: given[key] for key in wanted})
+    assert experiment.name == name
+    for words in (experiment.title, experiment.description):
+        assert words.en and words.ko
+    plan = plan_experiment(experiment, tmp_path / "out")
+    rows = describe_cells(plan)
+    trained = [row for row in rows if row["method"]]
+    assert len(trained) >= 6 and all(row["trainable_parameters"] > 0 for row in trained)
+    print_cells(rows)
+    assert all(row["cell"] in capsys.readouterr().out for row in rows[:1])
+    assert not (tmp_path / "out").exists()
+    assert name in call_koat("list")[1]
+
+
+def test_shipped_experiments_hold_no_path() -> None:
+    for name in list_experiments():
+        values = read_experiment(name)
+        assert all("${" in path for path in values["settings"]["data"]["train"])
+        assert all("${" in each[key] for each in values["evaluate"] for key in ("data", "shots_from") if key in each)
+
+
+def test_an_experiment_that_does_not_ship_is_answered_with_the_nearest() -> None:
+    status, _, error = call_koat("experiment", "koat-vs-lra", "--out", "x")
+    assert status == 2
+    assert "did you mean 'koat-vs-lora'" in error
+    assert read_config_file(Path(koat.__file__).parent / "experiments" / "koat-vs-lora.yaml")["name"] == "koat-vs-lora"
+
+
+# Long ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.soak
+def test_several_processes_do_the_same(whole: Outcome, inputs: dict[str, str], tmp_path: Path) -> None:
+    broken = {"name": "broken", "settings": {"adapter": {"targets": ["k_porj"]}}}
+    file = write_file(tmp_path, variants=[SMALL["variants"][2], broken], seeds=[0])
+    with pytest.raises(TrainingError, match="1 of 2 cells failed") as failure:
+        koat.experiment(file, out=tmp_path / "out", inputs=inputs, jobs=2)
+    assert "broken-seed0: " in str(failure.value)
+    assert "k_porj" in str(failure.value)
+    found = load_file(tmp_path / "out" / "runs" / "quick-seed0" / WEIGHTS)
+    for name, tensor in load_file(whole.folder / "runs" / "quick-seed0" / WEIGHTS).items():
+        torch.testing.assert_close(found[name], tensor)  # not the bytes: threads may differ
+    assert (tmp_path / "out" / "report.html").exists()
+    assert "Traceback" not in (tmp_path / "out" / "logs" / "broken-seed0.log").read_text(encoding="utf-8")
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_killed_again_and_again_it_ends_in_the_same_bytes(
+    jobs: str, whole: Outcome, inputs: dict[str, str], tmp_path: Path
+) -> None:
+    items = [f"{name}={value}" for name, value in inputs.items()]
+    command = ["experiment", str(write_file(tmp_path)), *items, "--out", "out", "--jobs", jobs]
+    for seconds in (5, 8, 11, 14, 17, 20):
+        child = start_koat(*command, cwd=tmp_path, start_new_session=True)
+        time.sleep(seconds)
+        os.killpg(child.pid, signal.SIGKILL)
+        child.communicate()
+        if child.returncode == 0:
+            break
+    done = run_koat(*command, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert read_weights(tmp_path / "out") == read_weights(whole.folder)
+    assert read_scores(tmp_path / "out") == read_scores(whole.folder)
