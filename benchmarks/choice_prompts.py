@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.workload import Absent, Options, find_file
-from koat.evaluation.local_tasks import tidy_wikihow
+from koat.evaluation.harness.local_tasks import tidy_wikihow
 
 LETTERS = ("A", "B", "C", "D")
 SUBJECTS = ("anatomy", "philosophy")

@@ -68,7 +68,7 @@ class Sitting:
 def sit_down(model: Any, tokenizer: Any, instances: list[Any], options: Options) -> Sitting:
     """Put both sides before requests, warmed up, the peer at its best batch size."""
     peer = build_peer(model, tokenizer, options.device)
-    from koat.evaluation.harness import KoatLM
+    from koat.evaluation.harness.lm import KoatLM
 
     koat = KoatLM(model, find_layout(model), tokenizer)
     spans = koat.encoder.encode_pairs([instance.args for instance in instances])

@@ -10,7 +10,7 @@ from benchmarks.workload import Absent, Options, find_file
 from koat.evaluation.catalogue import load_task
 from koat.evaluation.evaluate import gather_questions
 from koat.evaluation.protocol import render_context
-from koat.workflows.harness import TASKS
+from koat.workflows.evaluating.harness import TASKS
 
 SMALL_HEAD = 4096
 NSMC = "nsmc-prompt1"

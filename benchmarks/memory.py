@@ -35,8 +35,8 @@ from koat.model import load_model
 from koat.training.loop import train
 from koat.training.optimizer import build_optimizer
 from koat.workflows.measure import Cost
-from koat.workflows.memory import Footprint, measure_base, measure_footprint
-from koat.workflows.simulate import LiveBytes, set_checkpointing
+from koat.workflows.planning.memory import Footprint, measure_base, measure_footprint
+from koat.workflows.planning.simulate import LiveBytes, set_checkpointing
 
 MARK = 0.10
 """How far a plan may be from what is measured."""

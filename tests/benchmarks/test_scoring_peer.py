@@ -14,7 +14,7 @@ from benchmarks import workload  # noqa: E402
 from benchmarks.choice_prompts import Question, join_context, read_hellaswag, read_mmlu  # noqa: E402
 from benchmarks.score_choices import Ours, list_spans, make_instances  # noqa: E402
 from benchmarks.scoring import build_peer, count_peer_tokens, run_peer  # noqa: E402
-from koat.evaluation.local_tasks import tidy_wikihow  # noqa: E402
+from koat.evaluation.harness.local_tasks import tidy_wikihow  # noqa: E402
 from koat.forest.verify import verify_layout  # noqa: E402
 
 OPTIONS = workload.Options(quick=True, device=torch.device("cpu"))

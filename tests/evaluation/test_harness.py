@@ -19,7 +19,7 @@ from lm_eval.models.huggingface import HFLM
 
 from koat.core.errors import ConfigError, DataError
 from koat.evaluation import spans
-from koat.evaluation.harness import HarnessOptions, KoatLM
+from koat.evaluation.harness.lm import HarnessOptions, KoatLM
 from koat.forest.verify import make_padded, verify_layout
 
 FAMILIES = ("gpt_neox", "llama", "gpt2", "qwen2")

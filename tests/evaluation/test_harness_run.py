@@ -19,10 +19,10 @@ from lm_eval.models.huggingface import HFLM
 
 from koat.core.errors import ConfigError
 from koat.evaluation.differences import explain_differences
-from koat.evaluation.harness import HarnessOptions, KoatLM
-from koat.evaluation.harness_contract import to_plain
-from koat.evaluation.harness_run import evaluate_harness
-from koat.evaluation.harness_tasks import HarnessTask, Sources, find_name, load_leaves, open_manager, set_shots
+from koat.evaluation.harness.contract import to_plain
+from koat.evaluation.harness.lm import HarnessOptions, KoatLM
+from koat.evaluation.harness.run import evaluate_harness
+from koat.evaluation.harness.tasks import HarnessTask, Sources, find_name, load_leaves, open_manager, set_shots
 from koat.evaluation.result import TaskResult
 from koat.forest.verify import verify_layout
 from tests.evaluation.conftest import VOCABULARY
@@ -35,7 +35,7 @@ TASKS = [
 LIMIT = 4
 OWN = """
 task: own_words
-custom_dataset: !function koat.evaluation.local_data.load_local
+custom_dataset: !function koat.evaluation.harness.local_data.load_local
 dataset_kwargs: {files: {validation: words.jsonl}, columns: {question: q, choices: c, gold: g}, pool: 3}
 validation_split: validation
 fewshot_split: shots

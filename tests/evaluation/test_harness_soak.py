@@ -21,9 +21,9 @@ pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (e
 
 from koat.core.settings import ModelSettings
 from koat.evaluation import spans
-from koat.evaluation.harness import HarnessOptions, KoatLM
+from koat.evaluation.harness.lm import HarnessOptions, KoatLM
 from koat.model import load_model, load_tokenizer
-from koat.workflows.harness import TASKS
+from koat.workflows.evaluating.harness import TASKS
 from tests.evaluation.test_harness import FAMILIES, VOCABULARY, ask, make_both
 
 TOLERANCE = 1e-3

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from koat.core.errors import ConfigError, DataError
-from koat.evaluation.local_data import load_local, read_rows, unquote
-from koat.evaluation.local_tasks import (
+from koat.evaluation.harness.local_data import load_local, read_rows, unquote
+from koat.evaluation.harness.local_tasks import (
     average_f1,
     load_mmlu,
     make_hellaswag,

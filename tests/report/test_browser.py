@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from koat.workflows.report import write_report
+from koat.workflows.comparing.report import write_report
 from tests.workflows.scored_folders import make_answers, write_scores
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

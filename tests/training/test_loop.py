@@ -18,7 +18,7 @@ from koat.forest.score import Layout
 from koat.forest.verify import make_padded, verify_layout
 from koat.training.loop import accumulate_gradients, measure_loss, schedule_rate, train
 from koat.training.sampler import plan_steps
-from koat.workflows.prepare import enable_checkpointing
+from koat.workflows.training.prepare import enable_checkpointing
 
 TARGETS = ["k_proj", "v_proj", "down_proj"]
 METHODS = {

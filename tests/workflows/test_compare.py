@@ -14,7 +14,7 @@ from scipy import stats
 
 import koat
 from koat.core.config_files import dump_yaml
-from koat.workflows.compare import compare_targets
+from koat.workflows.comparing.compare import compare_targets
 from tests.tiny_base import call_koat
 from tests.workflows.scored_folders import make_answers, write_run, write_scores
 

@@ -12,7 +12,7 @@ import pytest
 
 import koat
 from koat.core.json_lines import read_lines
-from koat.workflows.compare import compare_targets
+from koat.workflows.comparing.compare import compare_targets
 from tests.tiny_base import call_koat
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (extra `eval`)")
@@ -21,7 +21,7 @@ WORDS = ["비가", "눈이", "해가", "영화", "노래", "조금", "많이"]
 OWN = """
 task: {name}
 tag: own_pair
-custom_dataset: !function koat.evaluation.local_data.load_local
+custom_dataset: !function koat.evaluation.harness.local_data.load_local
 dataset_kwargs: {{files: {{validation: words.jsonl}}, columns: {{question: query, choices: choices, gold: gold}}}}
 validation_split: validation
 output_type: multiple_choice
@@ -131,8 +131,8 @@ def test_own_tasks_and_lm_eval_s_stand_side_by_side(finished: Path, files: Path,
 
 def test_the_leaderboard_s_shots_may_be_overridden_and_that_is_said() -> None:
     from koat.evaluation.catalogue import load_task
-    from koat.workflows.asking import Asking
-    from koat.workflows.exam import Exam
+    from koat.workflows.evaluating.asking import Asking
+    from koat.workflows.evaluating.exam import Exam
 
     asked: list[tuple[str, int | None]] = []
 

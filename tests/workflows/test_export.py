@@ -11,8 +11,8 @@ import pytest
 from safetensors.torch import load_file
 
 import koat
-from koat.workflows.export import export_model
-from koat.workflows.merge import merge_run
+from koat.workflows.sharing.export import export_model
+from koat.workflows.sharing.merge import merge_run
 from tests.tiny_base import call_koat
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from koat.adapters.methods import METHODS
 from koat.core.errors import ConfigError
-from koat.workflows.fit import LEAST, find_most, read_size
+from koat.workflows.planning.fit import LEAST, find_most, read_size
 from tests.tiny_base import call_koat, need_shared
 
 

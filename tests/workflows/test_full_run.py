@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from koat.core.json_lines import read_lines
-from koat.workflows.evaluate import open_subject
+from koat.workflows.evaluating.evaluate import open_subject
 from tests.tiny_base import call_koat
 
 SETTINGS = ["data.validation_fraction=0.2", "training.max_steps=6", "training.batch_size=4", "training.save_every=2"]

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from koat.core.errors import ConfigError
-from koat.evaluation import harness_tasks
-from koat.workflows import harness
+from koat.evaluation.harness import tasks as harness_tasks
+from koat.workflows.evaluating import harness
 from tests.tiny_base import call_koat
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (extra `eval`)")

@@ -11,8 +11,8 @@ import peft
 import pytest
 import torch
 
-from koat.workflows.manifest import describe_hardware, describe_versions, fingerprint_data
 from koat.workflows.measure import Cost
+from koat.workflows.training.manifest import describe_hardware, describe_versions, fingerprint_data
 
 
 def test_versions_are_those_that_run() -> None:

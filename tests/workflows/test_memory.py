@@ -15,8 +15,8 @@ from koat.core.settings import ModelSettings, TrainingSettings
 from koat.forest.score import cut_sequences, token_logprobs
 from koat.forest.verify import verify_layout
 from koat.training.optimizer import build_optimizer
-from koat.workflows.memory import LENGTHS, Curve, count_optimizer_bytes, measure_base, measure_footprint
-from koat.workflows.simulate import LiveBytes
+from koat.workflows.planning.memory import LENGTHS, Curve, count_optimizer_bytes, measure_base, measure_footprint
+from koat.workflows.planning.simulate import LiveBytes
 from tests.family_models import FAMILIES, make_family, make_family_config
 from tests.tiny_base import call_koat
 

@@ -19,8 +19,8 @@ from koat.adapters.attach import attach_adapter, restore_adapter, save_adapter
 from koat.adapters.methods import Ia3Settings, LoraSettings
 from koat.core.settings import ModelSettings
 from koat.model import load_model, load_tokenizer
-from koat.workflows import merge as merging
-from koat.workflows.merge import merge_run
+from koat.workflows.sharing import merge as merging
+from koat.workflows.sharing.merge import merge_run
 from tests.tiny_base import call_koat, make_environment, make_rows, write_rows
 
 IDS = torch.arange(3, 40)[None]

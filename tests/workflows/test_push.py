@@ -13,8 +13,8 @@ import yaml
 from huggingface_hub import constants
 
 from koat.core.errors import HubError, RunFolderError
-from koat.workflows.merge import merge_run
-from koat.workflows.push import prepare_upload, public_settings, send_upload
+from koat.workflows.sharing.merge import merge_run
+from koat.workflows.sharing.push import prepare_upload, public_settings, send_upload
 from tests.tiny_base import call_koat
 from tests.workflows.local_hub import TOKEN, LocalHub
 

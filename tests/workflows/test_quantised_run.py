@@ -14,7 +14,7 @@ from koat.core.json_lines import read_lines
 from koat.quantise.load import blocks_cross_rows
 from koat.training.loop import StepRecord
 from koat.workflows.config import RunConfig, resolve_run
-from koat.workflows.finetune import finetune_run
+from koat.workflows.training.finetune import finetune_run
 from tests.tiny_base import call_koat, make_rows, write_rows
 
 pytest.importorskip("bitsandbytes", reason="the extra `quant` is not installed")

@@ -12,7 +12,7 @@ import pytest
 
 import koat
 from koat.core.errors import ConfigError, RunFolderError
-from koat.workflows.report import write_report
+from koat.workflows.comparing.report import write_report
 from tests.tiny_base import call_koat
 from tests.workflows.scored_folders import make_answers, write_run, write_scores
 

@@ -44,7 +44,7 @@ def compare(
     """
     from koat.core.atomic import write_text
     from koat.report.comparison import print_comparison, to_csv, to_markdown
-    from koat.workflows.compare import compare_targets
+    from koat.workflows.comparing.compare import compare_targets
 
     found = compare_targets(targets, only)
     if csv_file is not None:
@@ -75,7 +75,7 @@ def report(
     koat report runs/ia3-seed0 runs/ia3-seed1 runs/lora-seed0 runs/lora-seed1 --language ko
     koat report kgoat
     """
-    from koat.workflows.report import write_report
+    from koat.workflows.comparing.report import write_report
 
     written = write_report(targets, out, language=language, title=title, only=only)
     click.echo(f"report: {written} ({written.stat().st_size / 1000:,.0f} kB)")

@@ -29,6 +29,6 @@ def run_lm_eval(context: click.Context, data_dir: Path | None, arguments: tuple[
     if not arguments or arguments[0] in ("-h", "--help"):
         click.echo(context.get_help())
         return
-    from koat.workflows.harness import run_harness
+    from koat.workflows.evaluating.harness import run_harness
 
     run_harness(list(arguments), data_dir)

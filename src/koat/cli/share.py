@@ -68,7 +68,7 @@ def merge(
     """
     loading = read_loading(base)
     from koat.report.sharing import print_merge
-    from koat.workflows.merge import merge_run
+    from koat.workflows.sharing.merge import merge_run
 
     done = merge_run(
         run, out, dtype=dtype, settings=loading, device=device, tolerance=tolerance,
@@ -97,7 +97,7 @@ def export(source: Path, program: str, out: Path, as_adapter: bool, base: str | 
     The folder holds the merged model and a README.txt with the commands. koat does not run those programs.
     """
     loading = read_loading(base)
-    from koat.workflows.export import README, export_model
+    from koat.workflows.sharing.export import README, export_model
 
     folder = export_model(source, program, out, as_adapter=as_adapter, settings=loading, overwrite=overwrite)
     click.echo((folder / README).read_text(encoding="utf-8"))
@@ -119,7 +119,7 @@ def list_below(folder: Path, as_json: bool) -> None:
     koat adapters list runs
     """
     from koat.report.sharing import print_adapters
-    from koat.workflows.shelf import list_adapters
+    from koat.workflows.sharing.shelf import list_adapters
 
     entries, problems = list_adapters(folder)
     found = [entry.to_mapping() for entry in entries]
@@ -139,7 +139,7 @@ def show(run: str, as_json: bool) -> None:
     koat adapters show runs/ia3
     """
     from koat.report.sharing import print_adapter
-    from koat.workflows.shelf import show_adapter
+    from koat.workflows.sharing.shelf import show_adapter
 
     found = show_adapter(run).to_mapping()
     if as_json:
@@ -163,7 +163,7 @@ def average(runs: tuple[str, ...], out: Path, base: str | None) -> None:
     """
     loading = read_loading(base)
     from koat.report.sharing import print_adapter
-    from koat.workflows.shelf import average_runs
+    from koat.workflows.sharing.shelf import average_runs
 
     print_adapter(average_runs(runs, out, loading).to_mapping())
 
@@ -188,7 +188,7 @@ def push(
     Shows all that it sends first. HF_ENDPOINT and HF_TOKEN are read from the environment.
     """
     from koat.report.sharing import print_upload
-    from koat.workflows.push import prepare_upload, send_upload
+    from koat.workflows.sharing.push import prepare_upload, send_upload
     from koat.workflows.shell import quiet_libraries
 
     quiet_libraries()

@@ -101,8 +101,8 @@ def plan(
     quiet_libraries()
     from koat.report.plan import print_fits, print_plan
     from koat.report.settings import print_settings
-    from koat.workflows.fit import fit_methods, read_size
-    from koat.workflows.plan import plan_run
+    from koat.workflows.planning.fit import fit_methods, read_size
+    from koat.workflows.planning.plan import plan_run
 
     size = read_size(fit) if fit is not None else None
     found = plan_run(resolved.settings, calibrate=calibrate).to_mapping()

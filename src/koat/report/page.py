@@ -37,7 +37,7 @@ SECTIONS = (
 
 
 def render_page(facts: Mapping[str, Any], language: Language = "en") -> str:
-    """Return the page of what `koat.workflows.report.gather_facts` returned, with `title` and `commands`.
+    """Return the page of what `koat.workflows.comparing.report.gather_facts` returned, with `title` and `commands`.
 
     Both languages are in it; `language` is shown first, and alone where scripts do not run.
     """

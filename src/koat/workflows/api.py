@@ -12,17 +12,17 @@ from koat.core.config import Layer, resolve
 from koat.core.run_folder import RunFolder
 from koat.core.settings import ModelSettings
 from koat.training.loop import StepRecord
-from koat.workflows.compare import compare_targets
+from koat.workflows.comparing.compare import compare_targets
+from koat.workflows.comparing.report import write_report as write_page
 from koat.workflows.config import PlanConfig, RunConfig, resolve_run
-from koat.workflows.evaluate import Subject, evaluate_subject, open_subject
+from koat.workflows.evaluating.evaluate import Subject, evaluate_subject, open_subject
 from koat.workflows.experiment.file import load_experiment
 from koat.workflows.experiment.jobs import run_in_processes
 from koat.workflows.experiment.plan import plan_experiment
 from koat.workflows.experiment.run import Outcome, Watch, run_experiment
-from koat.workflows.finetune import finetune_run
-from koat.workflows.merge import Merge, merge_run
-from koat.workflows.plan import Plan, plan_run
-from koat.workflows.report import write_report as write_page
+from koat.workflows.planning.plan import Plan, plan_run
+from koat.workflows.sharing.merge import Merge, merge_run
+from koat.workflows.training.finetune import finetune_run
 
 
 def finetune(

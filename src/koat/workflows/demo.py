@@ -11,9 +11,9 @@ from koat.core.errors import RunFolderError
 from koat.report.progress import TrainingDisplay
 from koat.report.tables import format_bytes, format_score, make_table, print_table
 from koat.workflows.config import PlanConfig, RunConfig, resolve_run
-from koat.workflows.evaluate import evaluate_subject, open_subject
-from koat.workflows.finetune import finetune_run
-from koat.workflows.plan import plan_run
+from koat.workflows.evaluating.evaluate import evaluate_subject, open_subject
+from koat.workflows.planning.plan import plan_run
+from koat.workflows.training.finetune import finetune_run
 
 SAMPLES = Path(__file__).parent.parent / "nano" / "samples"
 METHODS = ("ia3", "lora")

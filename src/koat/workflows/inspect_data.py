@@ -11,7 +11,7 @@ from koat.data.lengths import LengthSummary, summarise_lengths
 from koat.data.prompts import resolve_template
 from koat.data.readers import RecordFile
 from koat.model import load_tokenizer
-from koat.workflows.examples import read_file
+from koat.workflows.training.examples import read_file
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,7 +33,7 @@ def quiet_libraries() -> None:
 def run_finetune(resolved: Resolved[Any], out: Path, *, resume: bool, overwrite: bool) -> None:
     """Fine-tune with progress, then say where everything is and what to type next."""
     quiet_libraries()
-    from koat.workflows.finetune import finetune_run
+    from koat.workflows.training.finetune import finetune_run
 
     run = finetune_run(resolved, out, resume=resume, overwrite=overwrite, say=print, on_step=TrainingDisplay().show)
     if int(os.environ.get("RANK", "0")) > 0:  # one of several processes speaks
@@ -61,10 +61,10 @@ def run_evaluation(
     """Evaluate with progress and print the scores; `options` are the fields of `Asking`."""
     quiet_libraries()
     from koat.report.scores import print_scores
-    from koat.workflows.asking import Asking
-    from koat.workflows.evaluate import evaluate_exam
-    from koat.workflows.exam import gather_exam
-    from koat.workflows.subject import open_subject
+    from koat.workflows.evaluating.asking import Asking
+    from koat.workflows.evaluating.evaluate import evaluate_exam
+    from koat.workflows.evaluating.exam import gather_exam
+    from koat.workflows.evaluating.subject import open_subject
 
     exam = gather_exam(tasks, Asking(**options))  # before the model is loaded: a wrong name costs nothing
     # A base that is not given stays empty here: the run or the adapter knows its own.

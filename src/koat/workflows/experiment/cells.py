@@ -14,9 +14,9 @@ from koat.core.run_folder import RunFolder
 from koat.core.settings import ModelSettings
 from koat.workflows.config import PlanConfig, RunConfig
 from koat.workflows.experiment.file import Evaluation, Experiment
-from koat.workflows.finetune import list_differences
-from koat.workflows.manifest import fingerprint_data
-from koat.workflows.prepare import settle_paths
+from koat.workflows.training.finetune import list_differences
+from koat.workflows.training.manifest import fingerprint_data
+from koat.workflows.training.prepare import settle_paths
 
 FILE = "experiment.yaml"
 RECORD = "evaluated.json"

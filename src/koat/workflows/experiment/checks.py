@@ -9,12 +9,12 @@ from koat.core.errors import KoatError
 from koat.data.hub import looks_like_hub_id
 from koat.data.opening import describe_missing
 from koat.evaluation.catalogue import is_own, list_tasks, load_task
-from koat.evaluation.harness_tasks import Sources, open_manager
+from koat.evaluation.harness.tasks import Sources, open_manager
 from koat.evaluation.task_group import TaskGroup
 from koat.model import load_config
-from koat.workflows.asking import Asking
 from koat.workflows.config import RunConfig
-from koat.workflows.exam import gather_exam
+from koat.workflows.evaluating.asking import Asking
+from koat.workflows.evaluating.exam import gather_exam
 from koat.workflows.experiment.cells import Cell, ExperimentPlan
 from koat.workflows.experiment.file import Evaluation
 

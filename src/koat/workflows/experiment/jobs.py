@@ -14,7 +14,7 @@ import torch
 from koat.core.atomic import cannot_write
 from koat.report.progress import ProgressLine
 from koat.workflows.experiment.cells import FILE, Cell, ExperimentPlan
-from koat.workflows.prepare import Say
+from koat.workflows.training.prepare import Say
 
 RUN = "from koat.cli import main; main()"
 PAUSE = 0.2

@@ -17,16 +17,16 @@ from koat.core.errors import DataError, KoatError, RunFolderError, TrainingError
 from koat.core.run_folder import RunFolder
 from koat.report.comparison import to_csv, to_markdown
 from koat.training.loop import StepRecord
-from koat.workflows.compare import compare_targets
+from koat.workflows.comparing.compare import compare_targets
 from koat.workflows.config import RunConfig
-from koat.workflows.evaluate import evaluate_exam
-from koat.workflows.exam import gather_exam
+from koat.workflows.evaluating.evaluate import evaluate_exam
+from koat.workflows.evaluating.exam import gather_exam
+from koat.workflows.evaluating.subject import Subject, load_subject, open_subject
 from koat.workflows.experiment.cells import FILE, RECORD, Cell, ExperimentPlan, describe_evaluation
 from koat.workflows.experiment.checks import make_asking
 from koat.workflows.experiment.file import Evaluation, read_experiment
-from koat.workflows.finetune import finetune_run
-from koat.workflows.prepare import Say, settle_paths
-from koat.workflows.subject import Subject, load_subject, open_subject
+from koat.workflows.training.finetune import finetune_run
+from koat.workflows.training.prepare import Say, settle_paths
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,7 +215,7 @@ def write_experiment_report(
     plan: ExperimentPlan, names: dict[str, str], language: Literal["en", "ko"], title: str
 ) -> Path:
     """Write the experiment's page, with the command that does it again."""
-    from koat.workflows.report import write_report
+    from koat.workflows.comparing.report import write_report
 
     command = f"koat experiment {plan.out / FILE} --out {plan.out}"
     return write_report(

@@ -1,0 +1,1 @@
+"""Evaluating: from the names of tasks to scores on disk."""

@@ -1,0 +1,111 @@
+"""Evaluate: a base model, a run of koat's, or an adapter that PEFT saved, on one or more tasks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from collections.abc import Sequence as ListLike
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from koat.core.atomic import write_json, write_text
+from koat.evaluation.contract import hash_value
+from koat.evaluation.result import TaskResult
+from koat.workflows.evaluating.asking import ASK, Asking
+from koat.workflows.evaluating.exam import Exam, Key, describe_groups, gather_exam
+from koat.workflows.evaluating.subject import Subject, load_subject, open_subject
+from koat.workflows.measure import Cost
+
+__all__ = ["Subject", "evaluate_subject", "load_subject", "open_subject"]
+
+OnProgress = Callable[[str, int, int], None]
+LONGEST_NAME = 100
+"""Characters of a file's name; longer lists of tasks are told apart by a hash."""
+
+
+def evaluate_subject(
+    subject: Subject,
+    tasks: ListLike[str],
+    data: str | None = None,
+    shots: str | None = None,
+    *,
+    data_dir: str | Path | None = None,
+    include_path: str | Path | None = None,
+    num_shots: int | None = None,
+    limit: int | str | None = None,
+    seed: int | None = None,
+    chat_template: bool = False,
+    token_budget: int = 8192,
+    precision: str = "auto",
+    on_progress: OnProgress = lambda task, done, total: None,
+) -> dict[str, Any]:
+    """Evaluate one model on tasks, keep every prediction, and return all scores as a mapping.
+
+    A task is one of koat's own (`data` holds its items, `shots` its examples), or any task or group of
+    lm-evaluation-harness: its own, koat's over the files in `data_dir`, or one in the folder `include_path`.
+    Raises KoatError for what the caller can mend.
+    """
+    asking = Asking(
+        data, shots, Path(data_dir) if data_dir else None, Path(include_path) if include_path else None,
+        num_shots, limit, seed, chat_template, token_budget,
+    )  # fmt: skip
+    return evaluate_exam(subject, gather_exam(tasks, asking), precision=precision, on_progress=on_progress)
+
+
+def evaluate_exam(
+    subject: Subject,
+    exam: Exam,
+    *,
+    precision: str = "auto",
+    on_progress: OnProgress = lambda task, done, total: None,
+) -> dict[str, Any]:
+    """Put every task of an exam to one model; as `evaluate_subject` does, which gathers the exam first."""
+    found: dict[Key, TaskResult] = {}
+    results = []
+    for key, task in exam.tasks.items():
+        with Cost(next(subject.model.parameters()).device) as cost, compute_in(precision, subject.model):
+            found[key] = ASK[type(task)](subject, task, exam.asking, report_for(task.name, on_progress))
+        results.append({**found[key].to_mapping(), "peak_bytes": cost.peak_bytes})
+        keep_predictions(subject, found[key])
+    report: dict[str, Any] = {"subject": subject.name, "forest": subject.verification.to_mapping(), "results": results}
+    report |= {"groups": describe_groups(exam, found), "notes": exam.notes}
+    report["quantisation"] = subject.quantised.to_mapping() if subject.quantised else None
+    write_json(subject.predictions / f"{name_report(exam.names, found)}.scores.json", report)
+    return report
+
+
+def report_for(name: str, on_progress: OnProgress) -> Callable[[int, int], None]:
+    """Return a progress callback that knows its task."""
+    return lambda done, total: on_progress(name, done, total)
+
+
+def compute_in(precision: str, model: nn.Module) -> AbstractContextManager[Any]:
+    """Return a context that computes in bfloat16 when that is asked for, else nothing."""
+    device = next(model.parameters()).device.type
+    return torch.autocast(device, torch.bfloat16) if precision == "bfloat16" else nullcontext()
+
+
+def task_stem(result: TaskResult) -> str:
+    """Return a file name that tells a task's variants apart."""
+    seed = "" if result.shot_seed is None else f"-seed{result.shot_seed}"
+    return f"{result.task}-{result.num_shots}shot{seed}"
+
+
+def name_report(names: ListLike[str], found: dict[Key, TaskResult]) -> str:
+    """Return the name of the file of scores: all tasks, or what was asked for where those are too many."""
+    stem = "-".join(task_stem(result) for result in found.values())
+    if len(stem) <= LONGEST_NAME:
+        return stem
+    asked = "-".join(Path(name).stem for name in names)
+    return f"{asked[: LONGEST_NAME - 9]}-{hash_value(stem)[:8]}"
+
+
+def keep_predictions(subject: Subject, found: TaskResult) -> None:
+    """Write every prediction as a JSON line, with the contracts they stand under."""
+    contracts = {scoring: parts.hash for scoring, parts in found.contracts.items()}
+    lines = [json.dumps({**row, "contracts": contracts}, ensure_ascii=False) for row in found.predictions]
+    write_text(subject.predictions / f"{task_stem(found)}.jsonl", "\n".join(lines) + "\n")

@@ -1,0 +1,1 @@
+"""Sharing: what is done with an adapter after training."""
