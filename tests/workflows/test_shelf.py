@@ -29,7 +29,7 @@ def write_scores(predictions: Path) -> None:
         "contracts": {"likelihood": {"hash": "0123456789abcdef"}}, "conditions": {"hash": "fedcba9876543210"},
     }  # fmt: skip
     predictions.mkdir()
-    (predictions / "one.scores.json").write_text(json.dumps({"results": [result]}), encoding="utf-8")
+    (predictions / "one.scores.json").write_text(json.dumps({"subject": "run", "results": [result]}), encoding="utf-8")
 
 
 @pytest.fixture

@@ -100,6 +100,7 @@ def plan(
 
     quiet_libraries()
     from koat.report.plan import print_fits, print_plan
+    from koat.report.progress import ProgressLine
     from koat.report.settings import print_settings
     from koat.workflows.planning.fit import fit_methods, read_size
     from koat.workflows.planning.plan import plan_run
@@ -107,7 +108,9 @@ def plan(
     size = read_size(fit) if fit is not None else None
     found = plan_run(resolved.settings, calibrate=calibrate).to_mapping()
     if size is not None:
-        found["fits"] = [each.to_mapping() for each in fit_methods(resolved.settings, size)]
+        found["fits"] = [
+            each.to_mapping() for each in fit_methods(resolved.settings, size, ProgressLine("fitting").update)
+        ]
     if as_json:
         echo_plan(found, resolved)
         return

@@ -121,7 +121,7 @@ def _read_reports(paths: Sequence[Path], target: str) -> Source:
     scores: dict[tuple[str, str, str], Scored] = {}
     notes, name = [], ""
     for path in paths:
-        report = _read_report(path)
+        report = read_report(path)
         name = name or str(report["subject"])
         for result in report["results"]:
             for scoring, score in result["scores"].items():
@@ -140,7 +140,8 @@ def _read_reports(paths: Sequence[Path], target: str) -> Source:
     return Source(name, target, sorted(scores.values(), key=lambda score: score.task), notes)
 
 
-def _read_report(path: Path) -> dict[str, Any]:
+def read_report(path: Path) -> dict[str, Any]:
+    """Read a file of scores as evaluation writes it. Raises RunFolderError for anything else."""
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

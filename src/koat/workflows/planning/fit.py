@@ -74,12 +74,15 @@ class Measurements:
         return self._footprints[key]
 
 
-def fit_methods(config: PlanConfig, size: int) -> list[Fit]:
+def fit_methods(
+    config: PlanConfig, size: int, on_progress: Callable[[int, int], None] = lambda done, total: None
+) -> list[Fit]:
     """Return for each method, with and without activation checkpointing, what fits into `size` bytes.
 
     The method that the settings name keeps its settings, the others have their defaults.
     """
-    measurements, fits = Measurements(), []
+    measurements = Measurements()
+    fits: list[Fit] = []
     for name, method in METHODS.items():
         adapter: Section = config.adapter if config.adapter.method == name else method.settings()
         brought = default_values(name).get("model", {}) if config.model.quantisation == "none" else {}
@@ -87,6 +90,7 @@ def fit_methods(config: PlanConfig, size: int) -> list[Fit]:
         for checkpointing in (False, True):
             training = settle_training(config.training, name, checkpointing)
             fits.append(fit_method(adapter, model, training, size, measurements))
+            on_progress(len(fits), 2 * len(METHODS))
     return fits
 
 

@@ -28,6 +28,7 @@ from koat.core.config_files import read_config_file
 from koat.core.errors import AdapterError, ConfigError, KoatError, RunFolderError
 from koat.core.settings import ModelSettings
 from koat.model import load_tokenizer
+from koat.workflows.comparing.scored import SCORES, read_report
 from koat.workflows.sharing.merge import save_company
 from koat.workflows.trained import TEMPLATE, Trained, find_trained, read_base_fingerprint
 
@@ -124,12 +125,8 @@ def read_template_name(folder: Path) -> str:
 def collect_scores(predictions: Path) -> list[dict[str, Any]]:
     """Return every score on record with its interval, contract and conditions, latest evaluation of each last."""
     rows: dict[tuple[str, str, str], dict[str, Any]] = {}
-    for path in sorted(predictions.glob("*.scores.json"), key=lambda path: path.stat().st_mtime_ns):
-        try:
-            report = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise RunFolderError(f"{path} is not valid JSON ({error}). Evaluate again.") from error
-        for result in report["results"]:
+    for path in sorted(predictions.glob(f"*{SCORES}"), key=lambda path: path.stat().st_mtime_ns):
+        for result in read_report(path)["results"]:
             for scoring, score in result["scores"].items():
                 contract = result["contracts"][scoring]["hash"]
                 rows[result["task"], scoring, contract] = {
