@@ -49,7 +49,7 @@ def test_it_writes_what_single_prompts_are_continued_with(make_model, family: st
     layout, _ = verify_layout(model)
     assert verify_growth(model, layout)
     for budget in (4096, 40):
-        grown = grow_forest(model, layout, prompts, NUM_NEW, go_on, token_budget=budget)
+        grown, _ = grow_forest(model, layout, prompts, NUM_NEW, go_on, token_budget=budget)
         assert [each.token_ids for each in grown] == [write_singly(model, prompt) for prompt in prompts]
     wholes = [supervise_from(p + tuple(g.token_ids), len(p)) for p, g in zip(prompts, grown, strict=True)]
     for each, expected in zip(grown, single_logprobs(model, wholes), strict=True):
@@ -59,13 +59,13 @@ def test_it_writes_what_single_prompts_are_continued_with(make_model, family: st
 def test_each_prompt_ends_at_its_own_token(make_model) -> None:
     model, prompts = make_model("llama"), draw_prompts(2)
     layout, _ = verify_layout(model)
-    whole = [each.token_ids for each in grow_forest(model, layout, prompts, NUM_NEW, go_on)]
+    whole = [each.token_ids for each in grow_forest(model, layout, prompts, NUM_NEW, go_on)[0]]
     lengths = [1 + number % NUM_NEW for number in range(len(prompts))]
 
     def is_done(places: list[int], written: torch.Tensor) -> torch.Tensor:
         return torch.tensor([written.shape[1] == lengths[place] for place in places])
 
-    cut = [each.token_ids for each in grow_forest(model, layout, prompts, NUM_NEW, is_done, token_budget=50)]
+    cut = [each.token_ids for each in grow_forest(model, layout, prompts, NUM_NEW, is_done, token_budget=50)[0]]
     assert cut == [ids[:length] for ids, length in zip(whole, lengths, strict=True)]
 
 
@@ -75,9 +75,10 @@ def test_what_prompts_share_goes_through_the_model_once(make_model) -> None:
     layout, _ = verify_layout(model)
     seen: list[int] = []
     handle = model.get_input_embeddings().register_forward_hook(lambda m, i, o: seen.append(o.shape[:-1].numel()))
-    grow_forest(model, layout, prompts, 3, go_on)
+    _, num_tokens = grow_forest(model, layout, prompts, 3, go_on)
     handle.remove()
     assert seen == [40 + 6 * 2, 6, 6]
+    assert num_tokens == sum(seen)
 
 
 def test_growth_is_refused_where_it_is_not_exact(make_model, monkeypatch) -> None:

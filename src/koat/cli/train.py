@@ -100,17 +100,14 @@ def plan(
 
     quiet_libraries()
     from koat.report.plan import print_fits, print_plan
-    from koat.report.progress import ProgressLine
     from koat.report.settings import print_settings
-    from koat.workflows.planning.fit import fit_methods, read_size
+    from koat.workflows.planning.fit import read_size
     from koat.workflows.planning.plan import plan_run
 
     size = read_size(fit) if fit is not None else None
     found = plan_run(resolved.settings, calibrate=calibrate).to_mapping()
     if size is not None:
-        found["fits"] = [
-            each.to_mapping() for each in fit_methods(resolved.settings, size, ProgressLine("fitting").update)
-        ]
+        found["fits"] = list_fits(resolved, size)
     if as_json:
         echo_plan(found, resolved)
         return
@@ -118,6 +115,14 @@ def plan(
     if fit is not None:
         print_fits(found["fits"], fit)
     print_settings(resolved)
+
+
+def list_fits(resolved: Resolved[Any], size: int) -> list[dict[str, Any]]:
+    """Return what each method can do in `size` bytes; it takes some seconds, and shows how far it is."""
+    from koat.report.progress import ProgressLine
+    from koat.workflows.planning.fit import fit_methods
+
+    return [each.to_mapping() for each in fit_methods(resolved.settings, size, ProgressLine("fitting").update)]
 
 
 def echo_plan(found: dict[str, Any], resolved: Resolved[Any]) -> None:

@@ -19,7 +19,7 @@ from koat.data.records import Record
 from koat.data.tokens import encode_prompts
 from koat.evaluation.answer_task import AnswerTask
 from koat.evaluation.answers import METRICS, score_answer
-from koat.evaluation.continuations import Ending, continue_prompts
+from koat.evaluation.continuations import Continuations, Ending, continue_prompts
 from koat.evaluation.contract import Parts, describe_conditions, hash_value
 from koat.evaluation.harvest import sample_items
 from koat.evaluation.metrics import score_values
@@ -81,20 +81,19 @@ def evaluate_answers(
         log.warning("%s: %s", task.name, note)
     cut = f"{len(asked.kept_out)} items kept out" if asked.kept_out else "none"
     conditions = describe_conditions(model, layout, tokenizer, truncation=cut, template=name_template(template))
-    texts = [read_answer(task, ids, tokenizer) for ids in written]
-    num_tokens = sum(map(len, asked.prompts)) + sum(map(len, written))
-    return _summarise(task, asked, texts, conditions, notes, seconds, num_tokens)
+    return _summarise(task, asked, written, tokenizer, conditions, notes, seconds)
 
 
 def _summarise(
     task: AnswerTask,
     asked: Asked,
-    texts: Sequence[str],
+    written: Continuations,
+    tokenizer: Any,
     conditions: Parts,
     notes: list[str],
     seconds: float,
-    num_tokens: int,
 ) -> TaskResult:
+    texts = [read_answer(task, ids, tokenizer) for ids in written.token_ids]
     predictions = [predict_answer(*pair) for pair in zip(asked.questions, texts, strict=True)]
     return TaskResult(
         task=task.name,
@@ -107,8 +106,8 @@ def _summarise(
         notes=notes,
         kept_out=asked.kept_out,
         seconds=seconds,
-        num_tokens=num_tokens,
-        num_unique_tokens=num_tokens,
+        num_tokens=sum(map(len, asked.prompts)) + sum(map(len, written.token_ids)),
+        num_unique_tokens=written.num_tokens,
     )
 
 
@@ -162,7 +161,7 @@ def _write_answers(
     asked: Asked,
     token_budget: int,
     on_progress: Progress | None,
-) -> list[tuple[int, ...]]:
+) -> Continuations:
     num_done = 0
 
     def show(num_new: int) -> None:

@@ -70,6 +70,14 @@ class Ending:
     options: Mapping[str, Any]
 
 
+@dataclass(frozen=True, slots=True)
+class Continuations:
+    """What was written behind each prompt, in the order given, and how many tokens went through the model."""
+
+    token_ids: list[tuple[int, ...]]
+    num_tokens: int
+
+
 @torch.no_grad()
 def continue_prompts(
     model: nn.Module,
@@ -80,7 +88,7 @@ def continue_prompts(
     *,
     token_budget: int = 8192,
     on_progress: Callable[[int], None] = lambda num_done: None,
-) -> list[tuple[int, ...]]:
+) -> Continuations:
     """Return what the model writes behind each prompt.
 
     Greedy results depend neither on the budget nor on the order.
@@ -96,7 +104,8 @@ def continue_prompts(
         written = _continue_batch(model, layout, tokenizer, batch, ending)
         found.update(zip(chosen, written, strict=True))
         on_progress(len(chosen))
-    return [found[index] for index in range(len(prompts))]
+    written = [found[index] for index in range(len(prompts))]
+    return Continuations(written, sum(map(len, prompts)) + sum(map(len, written)))
 
 
 def is_greedy(causal: Any, ending: Ending) -> bool:
@@ -113,17 +122,17 @@ def _grow(
     ending: Ending,
     token_budget: int,
     on_progress: Callable[[int], None],
-) -> list[tuple[int, ...]]:
+) -> Continuations:
     texts = StopTexts(tokenizer, ending.until)
     ends = torch.tensor(sorted(_list_end_tokens(unwrap(model))), device=unwrap(model).device)
 
     def is_done(places: Sequence[int], written: Tensor) -> Tensor:
         return torch.isin(written[:, -1], ends) | texts.find(written)
 
-    grown = grow_forest(
+    grown, num_tokens = grow_forest(
         model, layout, prompts, ending.max_new_tokens, is_done, token_budget=token_budget, on_progress=on_progress
     )
-    return [tuple(each.token_ids) for each in grown]
+    return Continuations([tuple(each.token_ids) for each in grown], num_tokens)
 
 
 def _continue_batch(

@@ -44,9 +44,10 @@ def grow_forest(
     *,
     token_budget: int = 8192,
     on_progress: Callable[[int], None] = lambda num_done: None,
-) -> list[Grown]:
+) -> tuple[list[Grown], int]:
     """Return what the model writes behind each prompt, up to and with the token at which `is_done` says so.
 
+    Beside it stands how many tokens went through the model: what prompts share counts once.
     `layout` shares, and its model carries no soft prompt. What is written depends neither on the budget nor on the
     order of prompts.
     """
@@ -55,11 +56,13 @@ def grow_forest(
     cost = RowCost(1 / (3 * read_width(causal.config)), layout.cost.start_up)
     rows = plan_rows(sequences, cost, min(layout.max_row_length, token_budget))
     grown: dict[int, Grown] = {}
+    num_tokens = 0
     for batch in batch_rows(sequences, rows, token_budget, cost=cost):
         places = batch.owner.tolist()
         grown.update(zip(places, grow_rows(causal, layout, batch, max_new_tokens, is_done), strict=True))
+        num_tokens += batch.num_tokens + sum(len(grown[place].token_ids) - 1 for place in places)
         on_progress(len(places))
-    return [grown[place] for place in range(len(prompts))]
+    return [grown[place] for place in range(len(prompts))], num_tokens
 
 
 def grow_rows(causal: Any, layout: Layout, batch: MicroBatch, max_new_tokens: int, is_done: IsDone) -> list[Grown]:

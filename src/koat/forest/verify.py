@@ -257,7 +257,7 @@ def verify_growth(model: nn.Module, layout: Layout) -> bool:
     twin = make_twin(model)
     prompts = [sequence.token_ids for sequence in make_probe(twin.config.vocab_size)]
     try:
-        grown = grow_forest(
+        grown, _ = grow_forest(
             twin, _shrink_windows(layout), prompts, 12, lambda places, ids: torch.zeros(len(places)) > 0
         )
     except Exception as error:  # the model's own code may fail in any way on inputs it does not know

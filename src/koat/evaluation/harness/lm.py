@@ -214,7 +214,9 @@ class KoatLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
             self.model, self.layout, self.tokenizer, [ids[num_new - limit :] for ids in prompts],
             Ending(until, num_new, options), token_budget=self.options.tokens, on_progress=bar.update,
         )  # fmt: skip
-        texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in written]
+        self.tally.num_tokens += sum(map(len, prompts)) + sum(map(len, written.token_ids))
+        self.tally.num_unique_tokens += written.num_tokens
+        texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in written.token_ids]
         return [postprocess_generated_text(text, until, self.options.think_end_token) for text in texts]
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
