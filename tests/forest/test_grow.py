@@ -76,9 +76,16 @@ def test_what_prompts_share_goes_through_the_model_once(make_model) -> None:
     seen: list[int] = []
     handle = model.get_input_embeddings().register_forward_hook(lambda m, i, o: seen.append(o.shape[:-1].numel()))
     _, num_tokens = grow_forest(model, layout, prompts, 3, go_on)
-    handle.remove()
     assert seen == [40 + 6 * 2, 6, 6]
     assert num_tokens == sum(seen)
+    seen.clear()
+    # All but the last prompt are done after a token; they go on with it, and are counted.
+    grown, num_tokens = grow_forest(
+        model, layout, prompts, 3, lambda places, ids: torch.tensor([place < 5 for place in places])
+    )
+    handle.remove()
+    assert [len(each.token_ids) for each in grown] == [1] * 5 + [3]
+    assert num_tokens == sum(seen) == 40 + 6 * 2 + 6 + 6
 
 
 def test_growth_is_refused_where_it_is_not_exact(make_model, monkeypatch) -> None:

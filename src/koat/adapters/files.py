@@ -103,6 +103,6 @@ def compare_states(expected: dict[str, Tensor], found: dict[str, Tensor], where:
     ]
     if any(problems):
         raise AdapterError(
-            f"The adapter in {where} does not fit this base model: {'; '.join(p for p in problems if p)}. "
+            f"What was trained, in {where}, does not fit this base model: {'; '.join(p for p in problems if p)}. "
             "Use the base model that it was trained on."
         )

@@ -40,7 +40,7 @@ class RunFolder:
                 f"{path} is not empty: it holds {_some(held)}. Use `--resume` to go on with the run in it, "
                 "or choose another `out`."
             )
-        for entry in (run.adapter, run.metrics, run.checkpoints, run.predictions, run.manifest, run.config):
+        for entry in (run.manifest, run.adapter, run.metrics, run.checkpoints, run.predictions, run.config):
             remove(entry)
         return run
 

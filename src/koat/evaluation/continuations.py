@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from koat.evaluation.spans import settled
 from koat.forest.grow import grow_forest
 from koat.forest.score import Layout, set_kernel, unwrap
 from koat.forest.verify import verify_growth
@@ -72,7 +73,10 @@ class Ending:
 
 @dataclass(frozen=True, slots=True)
 class Continuations:
-    """What was written behind each prompt, in the order given, and how many tokens went through the model."""
+    """What was written behind each prompt, in the order given, and how many tokens went through the model.
+
+    Padding is not counted; a prompt that was done while others of its batch were not is.
+    """
 
     token_ids: list[tuple[int, ...]]
     num_tokens: int
@@ -93,8 +97,22 @@ def continue_prompts(
 
     Greedy results depend neither on the budget nor on the order.
     """
-    if is_greedy(unwrap(model), ending) and verify_growth(model, layout):
-        return _grow(model, layout, tokenizer, prompts, ending, token_budget, on_progress)
+    with settled(model):
+        if is_greedy(unwrap(model), ending) and verify_growth(model, layout):
+            return _grow(model, layout, tokenizer, prompts, ending, token_budget, on_progress)
+        return _continue_padded(model, layout, tokenizer, prompts, ending, token_budget, on_progress)
+
+
+def _continue_padded(
+    model: nn.Module,
+    layout: Layout,
+    tokenizer: Any,
+    prompts: Sequence[tuple[int, ...]],
+    ending: Ending,
+    token_budget: int,
+    on_progress: Callable[[int], None],
+) -> Continuations:
+    num_tokens = 0
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     found: dict[int, tuple[int, ...]] = {}
     while len(found) < len(order):
@@ -103,9 +121,9 @@ def continue_prompts(
         batch = [prompts[index] for index in chosen]
         written = _continue_batch(model, layout, tokenizer, batch, ending)
         found.update(zip(chosen, written, strict=True))
+        num_tokens += sum(map(len, batch)) + len(batch) * (max(map(len, written)) - 1)
         on_progress(len(chosen))
-    written = [found[index] for index in range(len(prompts))]
-    return Continuations(written, sum(map(len, prompts)) + sum(map(len, written)))
+    return Continuations([found[index] for index in range(len(prompts))], num_tokens)
 
 
 def is_greedy(causal: Any, ending: Ending) -> bool:
@@ -124,7 +142,7 @@ def _grow(
     on_progress: Callable[[int], None],
 ) -> Continuations:
     texts = StopTexts(tokenizer, ending.until)
-    ends = torch.tensor(sorted(_list_end_tokens(unwrap(model))), device=unwrap(model).device)
+    ends = torch.tensor(sorted(_list_end_tokens(unwrap(model))), dtype=torch.int64, device=unwrap(model).device)
 
     def is_done(places: Sequence[int], written: Tensor) -> Tensor:
         return torch.isin(written[:, -1], ends) | texts.find(written)

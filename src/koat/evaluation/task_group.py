@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from koat.core.config import Section
+from koat.core.errors import ConfigError, suggest
 from koat.evaluation.group_means import average_group
 from koat.evaluation.result import TaskResult
 from koat.evaluation.task import Words
@@ -46,6 +47,11 @@ def make_views(group: TaskGroup, results: Sequence[Sequence[TaskResult]]) -> lis
     for part, found in zip(group.parts, results, strict=True):
         means = average_group(found)
         for name, scoring in part.views.items():
+            if scoring not in means:
+                raise ConfigError(
+                    f"{group.name}: the view {name!r} shows {scoring!r} of {part.task}, which has none by item"
+                    f"{suggest(scoring, means)}; there are: {', '.join(means) or 'none'}."
+                )
             mean = means[scoring]
             score = mean.tasks if part.weigh == "tasks" else mean.items
             weighed = f"mean over {len(found)} tasks" if len(found) > 1 and part.weigh == "tasks" else ""

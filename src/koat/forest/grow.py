@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as ListLike
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,9 @@ from koat.forest.attend import Kernel
 from koat.forest.head import compute_logits
 from koat.forest.pack import MicroBatch, RowCost, batch_rows, plan_rows
 from koat.forest.score import Layout, make_inputs, read_width, set_kernel, unwrap
+
+NEW_TOKENS = 4
+"""How many times the token budget prompts that grow together may write: their keys are kept beside the prompts'."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,38 +51,50 @@ def grow_forest(
 ) -> tuple[list[Grown], int]:
     """Return what the model writes behind each prompt, up to and with the token at which `is_done` says so.
 
-    Beside it stands how many tokens went through the model: what prompts share counts once.
+    Beside it stands how many tokens went through the model: what prompts share counts once, and a prompt that is done
+    goes on until all of its micro-batch are.
+
     `layout` shares, and its model carries no soft prompt. What is written depends neither on the budget nor on the
     order of prompts.
     """
     causal = unwrap(model)
-    sequences = [supervise_from((*prompt, 0), len(prompt)) for prompt in prompts]
     cost = RowCost(1 / (3 * read_width(causal.config)), layout.cost.start_up)
-    rows = plan_rows(sequences, cost, min(layout.max_row_length, token_budget))
+    order = sorted(range(len(prompts)), key=prompts.__getitem__)
+    together = max(1, NEW_TOKENS * token_budget // max_new_tokens)
     grown: dict[int, Grown] = {}
     num_tokens = 0
-    for batch in batch_rows(sequences, rows, token_budget, cost=cost):
-        places = batch.owner.tolist()
-        grown.update(zip(places, grow_rows(causal, layout, batch, max_new_tokens, is_done), strict=True))
-        num_tokens += batch.num_tokens + sum(len(grown[place].token_ids) - 1 for place in places)
-        on_progress(len(places))
+    for start in range(0, len(order), together):
+        part = order[start : start + together]
+        sequences = [supervise_from((*prompts[place], 0), len(prompts[place])) for place in part]
+        rows = plan_rows(sequences, cost, min(layout.max_row_length, token_budget))
+        for batch in batch_rows(sequences, rows, token_budget, cost=cost):
+            places = [part[owner] for owner in batch.owner.tolist()]
+            written = grow_rows(causal, layout, batch, max_new_tokens, partial(is_done, places))
+            grown.update(zip(places, written, strict=True))
+            num_tokens += batch.num_tokens + len(places) * (max(len(each.token_ids) for each in written) - 1)
+            on_progress(len(places))
     return [grown[place] for place in range(len(prompts))], num_tokens
 
 
-def grow_rows(causal: Any, layout: Layout, batch: MicroBatch, max_new_tokens: int, is_done: IsDone) -> list[Grown]:
-    """Let every prompt of a micro-batch grow until all are done; return what each wrote, as `batch.owner` has them."""
+def grow_rows(
+    causal: Any, layout: Layout, batch: MicroBatch, max_new_tokens: int, is_done: Callable[[Tensor], Tensor]
+) -> list[Grown]:
+    """Let every prompt of a micro-batch grow until all are done; return what each wrote, as `batch.owner` has them.
+
+    `is_done` says of what they have written `[S, t]` which are done `[S]`.
+    """
     from transformers import DynamicCache
 
-    places, batch = batch.owner.tolist(), batch.to(causal.device)
+    batch = batch.to(causal.device)
     cache, growth = DynamicCache(), Growth(batch)
     inputs = {**make_inputs(causal, batch, layout), "past_key_values": cache, "use_cache": True}
     states = causal.base_model(**inputs).last_hidden_state.flatten(0, 1).index_select(0, batch.source)
     kernel: Kernel = "eager" if layout.plan and layout.plan.kernel == "eager" else "sdpa"
     set_kernel(causal, kernel)
     written, logprobs = _choose(causal, states)
-    lengths = torch.zeros(len(places), dtype=torch.int64)
+    lengths = torch.zeros(len(written), dtype=torch.int64)
     while True:
-        done = is_done(places, written).cpu()
+        done = is_done(written).cpu()
         lengths[done & (lengths == 0)] = written.shape[1]
         if written.shape[1] == max_new_tokens or bool((lengths > 0).all()):
             break

@@ -210,8 +210,9 @@ class KoatLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
             options.pop("temperature", None)
         prompts = [ids or (self.prefix_token_id,) for ids in self.encoder.encode([context for context, _ in asked])]
         self._count_cuts([len(ids) for ids in prompts], limit - num_new)
+        prompts = [ids[num_new - limit :] for ids in prompts]
         written = continue_prompts(
-            self.model, self.layout, self.tokenizer, [ids[num_new - limit :] for ids in prompts],
+            self.model, self.layout, self.tokenizer, prompts,
             Ending(until, num_new, options), token_budget=self.options.tokens, on_progress=bar.update,
         )  # fmt: skip
         self.tally.num_tokens += sum(map(len, prompts)) + sum(map(len, written.token_ids))

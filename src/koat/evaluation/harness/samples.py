@@ -130,6 +130,8 @@ def _list_logprobs(sample: Sample) -> list[float]:
 
 def _read_answer(samples: Samples, sample: Sample, metric: str) -> str | None:
     """Return what counted as the answer under a metric: a choice, or a text; None for a mere probability."""
+    if metric == "acc_mutual_info":
+        return None
     if samples.is_choice:
         choices = _list_choices(samples, sample)
         logprobs = _list_logprobs(sample)[: len(choices)]

@@ -72,9 +72,13 @@ def evaluate_exam(
         results.append({**found[key].to_mapping(), "peak_bytes": cost.peak_bytes})
         keep_predictions(subject, found[key])
     report: dict[str, Any] = {"subject": subject.name, "forest": subject.verification.to_mapping(), "results": results}
-    report |= {"groups": describe_groups(exam, found), "notes": exam.notes}
+    report |= {"groups": [], "notes": exam.notes}
     report["quantisation"] = subject.quantised.to_mapping() if subject.quantised else None
-    write_json(subject.predictions / f"{name_report(exam.names, found)}.scores.json", report)
+    path = subject.predictions / f"{name_report(exam.names, found)}.scores.json"
+    write_json(path, report)  # before the groups: a mistake in a group's file must not cost the scores
+    if exam.groups or exam.tables:
+        report["groups"] = describe_groups(exam, found)
+        write_json(path, report)
     return report
 
 

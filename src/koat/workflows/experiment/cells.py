@@ -97,7 +97,7 @@ class ExperimentPlan:
 
 
 def describe_evaluation(evaluation: Evaluation) -> dict[str, Any]:
-    """Return what is asked as plain values, with fingerprints of its files."""
+    """Return what is asked as plain values, with fingerprints of its files; those in `data_dir` are not watched."""
     files = tuple(path for path in (evaluation.data, evaluation.shots_from) if path)
     return {**to_mapping(evaluation), "files": fingerprint_files(files)}
 

@@ -149,7 +149,7 @@ def split_items(items: Sequence[str]) -> tuple[dict[str, str], dict[str, Any]]:
 def find_input_problems(experiment: Experiment, inputs: Mapping[str, str]) -> list[str]:
     """List inputs that the file does not know, and places in it that name one it does not declare."""
     problems = []
-    for name in inputs.keys() - experiment.inputs.keys():
+    for name in sorted(inputs.keys() - experiment.inputs.keys()):
         near = suggest(name, [*experiment.inputs, *(variant.name for variant in experiment.variants)])
         known = ", ".join(experiment.inputs) or "none"
         problems.append(f"{name}: there is no such input{near}; there are: {known}. Settings are written section.key")
@@ -162,7 +162,8 @@ def find_override_problems(experiment: Experiment, overrides: Mapping[str, Any] 
     """List overrides that have no place, and those that variants set themselves, so that they would do nothing."""
     variants = {variant.name: variant for variant in experiment.variants}
     known = [*RunConfig.model_fields, *variants, "seeds", "evaluate"]
-    problems = []
+    masked = [each.name for each in experiment.variants if each.seeds] if "seeds" in (overrides or {}) else []
+    problems = [f"seeds: {name} has seeds of its own; change them in the file" for name in masked]
     for section, values in (overrides or {}).items():
         if section not in known:
             problems.append(f"{section}: there is no such section or variant{suggest(section, known)}")
@@ -174,7 +175,7 @@ def find_override_problems(experiment: Experiment, overrides: Mapping[str, Any] 
                     f"{section}.{key}: {', '.join(own)} set it themselves, which goes before what is set for all. "
                     f"Give {own[0]}.{section}.{key}=..."
                 )
-            if section == "model" and any(key in values for values in experiment.bases.values()):
+            if section == "model" and any(key in base for base in experiment.bases.values()):
                 problems.append(f"model.{key}: the bases {', '.join(experiment.bases)} set it; change it in the file")
     return problems
 

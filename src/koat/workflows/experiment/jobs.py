@@ -25,7 +25,8 @@ def run_in_processes(
 ) -> dict[str, str]:
     """Run cells in `jobs` processes at a time, each with its log in `logs`; return the failures by name.
 
-    Processes take turns on the GPUs that there are and divide the cores. When this one stops, they are stopped too.
+    Processes take turns on the GPUs that there are and divide the cores. When this one is interrupted, they
+    are stopped too.
     """
     waiting, total = list(cells), len(cells)
     running: dict[int, tuple[Cell, subprocess.Popen[bytes]]] = {}

@@ -163,14 +163,15 @@ def hold_cell(cell: Cell) -> Iterator[None]:
     path = cell.folder.with_name(f".{cell.name}.lock")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w") as file:
-            if not _lock(file):
-                raise RunFolderError(
-                    f"{cell.folder} is being worked on by another process. Wait for it, or end it, then try again."
-                )
-            yield
+        file = path.open("w")
     except OSError as error:
         raise cannot_write(path, error.errno, error) from error
+    with file:
+        if not _lock(file):
+            raise RunFolderError(
+                f"{cell.folder} is being worked on by another process. Wait for it, or end it, then try again."
+            )
+        yield
 
 
 def _lock(file: IO[str]) -> bool:
@@ -183,6 +184,8 @@ def _lock(file: IO[str]) -> bool:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError:  # a file system without locks
+        return True
     return True
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from pydantic import ValidationError
 from torch import nn
 
 from koat.adapters.attach import Attached, save_adapter
@@ -90,13 +91,22 @@ def claim_run(config: RunConfig, out: Path, resume: bool, overwrite: bool) -> Ru
 
 
 def list_differences(stored: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    """Return the dotted keys in which stored settings differ from those wanted."""
+    """Return the dotted keys in which stored settings differ from those wanted; one not on record had its default."""
+    stored = fill_defaults(stored)
     return sorted(
         f"{section}.{key}"
         for section in wanted
         for key in {*stored.get(section, {}), *wanted[section]}
         if stored.get(section, {}).get(key) != wanted[section].get(key)
     )
+
+
+def fill_defaults(stored: dict[str, Any]) -> dict[str, Any]:
+    """Return a stored configuration with the settings that came after it; one that is not whole stays as it is."""
+    try:
+        return settle_paths(RunConfig.model_validate(stored))
+    except ValidationError:
+        return stored
 
 
 def begin_run(run: RunFolder, config: RunConfig, manifest: dict[str, Any], resume: bool, overwrite: bool) -> None:
