@@ -45,7 +45,7 @@ def run(finished: Path, tmp_path: Path) -> Path:
         "task": "nsmc-prompt1", "num_shots": 10, "scores": {"likelihood": SCORE},
         "contracts": {"likelihood": {"hash": "0123456789abcdef"}}, "conditions": {"hash": "fedcba9876543210"},
     }  # fmt: skip
-    (predictions / "one.scores.json").write_text(json.dumps({"results": [result]}), encoding="utf-8")
+    (predictions / "one.scores.json").write_text(json.dumps({"subject": "run", "results": [result]}), encoding="utf-8")
     return tmp_path / "run"
 
 
