@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -52,12 +52,16 @@ def import_lm_eval(module: str = "lm_eval") -> Any:
         ) from error
 
 
-def open_manager(names: Iterable[str], sources: Sources, own: Sequence[str]) -> Any:
+def open_manager(names: Sequence[str], sources: Sources, own: Sequence[str]) -> Any:
     """Return the harness' index of tasks that knows all `names`; its own ten thousand are read only when needed.
 
     Raises ConfigError for a name that nobody knows, with the nearest; `own` are koat's own names.
     """
-    make = import_lm_eval("lm_eval.tasks").TaskManager
+    try:
+        make = import_lm_eval("lm_eval.tasks").TaskManager
+    except ConfigError as error:
+        near = ", ".join(f"{name!r}{suggest(name, own)}" for name in names)
+        raise ConfigError(f"koat has no task {near}; its own are {', '.join(own)}. For lm-eval's: {error}") from error
     paths = [str(TASKS), *([str(sources.include_path)] if sources.include_path else [])]
     metadata = {"data_dir": str(sources.data_dir.expanduser().resolve())} if sources.data_dir else {}
     if sources.include_path and not sources.include_path.is_dir():
