@@ -15,6 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from benchmarks.kept import measure_layer
 from koat.adapters import lean
+from koat.adapters.activations import find_kernels, rebuild
 from koat.adapters.attach import attach_adapter
 from koat.adapters.feed_forward import LeanFeedForward
 from koat.adapters.lean import multiply, rescale, rescale_activated, rescale_output
@@ -52,9 +53,9 @@ def assert_near(found, expected, tolerance) -> None:
 # ------------------------------------------------------------------------------------------------ the functions
 
 
-@pytest.fixture(params=[(8, 1 << 19), (70, 1 << 19), (150, 1)], ids=["one piece", "blocks", "many pieces"])
+@pytest.fixture(params=[(8, 1 << 19), (70, 1200), (150, 1)], ids=["one piece", "a rest", "many pieces"])
 def rows(request, monkeypatch) -> int:
-    """Return a number of rows that is worked on in one piece, in blocks with a rest, or in several pieces."""
+    """Return a number of rows that is worked on in one piece, in pieces with a rest, or row by row."""
     number, piece = request.param
     monkeypatch.setattr(lean, "PIECE", piece)
     return number
@@ -121,10 +122,30 @@ def test_bfloat16_gradients_of_vectors_are_float32_sums(form, mean) -> None:
     assert value.dtype == gradients[0].dtype == torch.bfloat16 and gradients[1].dtype == torch.float32
     products = upstream.double() * (left.double() if form in FORMS else F.silu(left.double()))
     products = products * (right.double() if up else 1)
-    # Independent rounding errors add up like a random walk, in the products and in the sums of blocks of them.
-    blocks = products[:992].unflatten(0, (-1, lean.BLOCK)).sum(1)
-    walk = step * (3 * products.norm(dim=0) + blocks.norm(dim=0))
+    # Independent rounding errors of the factors add up like a random walk; the sums themselves round nothing.
+    walk = 3 * step * products.norm(dim=0)
     assert ((gradients[1].double() - products.sum(0)).abs() <= walk).all()
+
+
+def test_sums_of_many_bfloat16_products_are_exact_to_float32() -> None:
+    """Both factors are short numbers, so float32 holds each product exactly."""
+    left, right = (1 + draw(5000, WIDTH, seed=0)).bfloat16(), (1 + draw(5000, WIDTH, seed=1)).bfloat16()
+    _, gradients = differentiate(rescale, (left, draw_vector()), right)
+    exact = (left.double() * right.double()).sum(0)
+    assert_near(gradients[1], exact, 2e-6)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_usual_activations_use_their_own_kernels_and_only_where_they_compute_the_same(name) -> None:
+    kernels = find_kernels(ACT2FN[name])
+    assert (kernels is None) == (name in ("gelu_new", "relu2"))
+    gate, upstream = draw(9, WIDTH), draw(9, WIDTH, seed=1)
+    value, pull_back = rebuild(ACT2FN[name], gate)
+    found = torch.empty_like(gate)
+    pull_back(upstream, found)
+    expected, (exact,) = differentiate(ACT2FN[name], [gate], upstream)
+    assert torch.equal(value, expected) and torch.equal(found, exact)
+    assert not value.requires_grad
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -21,13 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from koat.adapters.activations import rebuild
+
 TINY = 2.0**-40
 """Stands in for smaller entries where a product must be divided by its vector again. Beside the other channels'
 it is nothing, and products keep their digits: bfloat16 has float32's range."""
 PIECE = 1 << 19
 """Numbers in a piece: measured, the few such tensors in use fit into a CPU's caches."""
-BLOCK = 32
-"""Rows that are added up at once in their own type."""
 
 
 def multiply(activation: Tensor, vector: Tensor, out: Tensor | None = None) -> Tensor:
@@ -38,7 +38,7 @@ def multiply(activation: Tensor, vector: Tensor, out: Tensor | None = None) -> T
     variance 1 it is this product, bit for bit, at a third of `torch.mul`'s time.
     """
     out = torch.empty_like(activation, memory_format=torch.contiguous_format) if out is None else out
-    if activation.dtype != torch.bfloat16 or activation.device.type != "cpu":
+    if not is_normalised_fast(activation):
         return torch.mul(activation, vector, out=out)
     width = len(vector)
     mean, variance, none = _make_neutral(width)
@@ -49,38 +49,40 @@ def multiply(activation: Tensor, vector: Tensor, out: Tensor | None = None) -> T
     return out
 
 
+def is_normalised_fast(activation: Tensor) -> bool:
+    """Whether batch normalisation's kernels are the fast ones for an activation."""
+    return activation.dtype == torch.bfloat16 and activation.device.type == "cpu"
+
+
 @functools.cache
 def _make_neutral(width: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return the mean 0, the variance 1 and the place for statistics of a normalisation that changes nothing."""
     return torch.zeros(width, device="cpu"), torch.ones(width, device="cpu"), torch.empty(0, device="cpu")
 
 
+def multiply_back(gradient: Tensor, activation: Tensor, vector: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradients of `activation` `[n, d]` and of `vector` `[d]` from that of their product.
+
+    On a CPU the backward pass of the same normalisation makes both in one pass, at half the time of two, and adds
+    bfloat16 products up in float32.
+    """
+    if activation.device.type != "cpu" or activation.dtype not in (torch.bfloat16, torch.float32):
+        sums = (gradient * activation).sum(0, dtype=torch.promote_types(activation.dtype, torch.float32))
+        return multiply(gradient, vector), sums
+    mean, variance, none = _make_neutral(len(vector))
+    wanted = [True, True, False]
+    for_activation, for_vector, _ = torch.ops.aten.native_batch_norm_backward(
+        gradient, activation, vector.float(), mean, variance, none, none, False, 0.0, wanted
+    )
+    return for_activation, for_vector
+
+
 def cut_rows(rows: Tensor) -> Iterator[slice]:
     """Yield the pieces in which rows `[n, d]` are worked on: all at once unless on a CPU."""
     count, width = rows.shape
-    step = BLOCK * max(1, PIECE // (BLOCK * width)) if rows.device.type == "cpu" else max(1, count)
+    step = max(1, PIECE // width) if rows.device.type == "cpu" else max(1, count)
     for start in range(0, max(1, count), step):
         yield slice(start, start + step)
-
-
-def sum_rows(rows: Tensor) -> Tensor:
-    """Return the sums `[d]` over rows `[n, d]`, in float32 at least.
-
-    A CPU adds bfloat16 numbers fast only into bfloat16 sums, which are exact inside and rounded once: it adds
-    blocks of rows so, and the blocks' sums in float32.
-    """
-    if rows.dtype != torch.bfloat16 or rows.device.type != "cpu":
-        return rows.sum(0, dtype=torch.promote_types(rows.dtype, torch.float32))
-    rest = len(rows) % BLOCK
-    blocks = rows[: len(rows) - rest].view(-1, BLOCK, rows.shape[1]).sum(1).sum(0, dtype=torch.float32)
-    return blocks + rows[-rest:].sum(0, dtype=torch.float32) if rest else blocks
-
-
-def sum_products(left: Tensor, right: Tensor) -> Tensor:
-    """Return the sums `[d]` of `left * right` over all but the last axis, in float32 at least."""
-    left, right = left.flatten(0, -2), right.flatten(0, -2)
-    sums = [sum_rows(left[piece] * right[piece]) for piece in cut_rows(left)]
-    return functools.reduce(torch.add, sums)
 
 
 class Rescale(torch.autograd.Function):
@@ -95,11 +97,12 @@ class Rescale(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of the activation and of the vector."""
-        gradient = gradients[0].contiguous()
         activation, vector = ctx.saved_tensors
-        for_activation = multiply(gradient, vector) if ctx.needs_input_grad[0] else None
-        for_vector = sum_products(gradient, activation).to(vector.dtype) if ctx.needs_input_grad[1] else None
-        return for_activation, for_vector
+        if activation is None:
+            return multiply(gradients[0].contiguous(), vector), None
+        rows = (gradients[0].contiguous().flatten(0, -2), activation.flatten(0, -2))
+        for_activation, for_vector = multiply_back(*rows, vector)
+        return for_activation.view(activation.shape), for_vector.to(vector.dtype)
 
 
 class RescaleOutput(torch.autograd.Function):
@@ -116,13 +119,12 @@ class RescaleOutput(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of the activation and of the vector."""
-        gradient = gradients[0].contiguous()
         product, divisor = ctx.saved_tensors
-        for_activation = multiply(gradient, divisor) if ctx.needs_input_grad[0] else None
-        for_vector = None
-        if ctx.needs_input_grad[1]:
-            for_vector = (sum_products(gradient, product) / divisor).to(divisor.dtype)
-        return for_activation, for_vector
+        if product is None:
+            return multiply(gradients[0].contiguous(), divisor), None
+        rows = (gradients[0].contiguous().flatten(0, -2), product.flatten(0, -2))
+        for_activation, for_vector = multiply_back(*rows, divisor)
+        return for_activation.view(product.shape), (for_vector / divisor).to(divisor.dtype)
 
 
 class RescaleActivated(torch.autograd.Function):
@@ -150,18 +152,14 @@ class RescaleActivated(torch.autograd.Function):
         for_up = None if up is None else torch.empty_like(up)
         for_vector = vector.new_zeros(vector.shape)
         for piece in cut_rows(gate):
-            with torch.enable_grad():
-                source = gate[piece].detach().requires_grad_()
-                result = ctx.activate(source)
-            part = gradient[piece]
-            for_activated = multiply(part, vector)
-            products = part * result.detach()
+            activated, pull_back = rebuild(ctx.activate, gate[piece])
+            inner = activated if up is None else activated * up[piece]
+            for_inner, sums = multiply_back(gradient[piece], inner, vector)
+            for_vector += sums
             if up is not None and for_up is not None:
-                for_activated.mul_(up[piece])
-                multiply(products, vector, out=for_up[piece])
-                products.mul_(up[piece])
-            for_vector += sum_rows(products)
-            (for_gate[piece],) = torch.autograd.grad(result, source, for_activated)
+                torch.mul(for_inner, activated, out=for_up[piece])
+                for_inner.mul_(up[piece])
+            pull_back(for_inner, for_gate[piece])
         return for_gate, for_up, for_vector, None
 
 
