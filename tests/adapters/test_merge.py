@@ -22,6 +22,7 @@ METHODS: dict[str, Section] = {
     "ia3-paper": Ia3Settings(targets="paper"),
     "ia3-attention": Ia3Settings(targets="attention"),
     "ia3-all-linear": Ia3Settings(targets="all-linear"),
+    "ia3-whole": Ia3Settings(targets="attention", reach="whole"),
     "lora": LoraSettings(r=4),
     "lora-rslora": LoraSettings(r=4, rslora=True),
     "lora-dora": LoraSettings(r=4, dora=True),

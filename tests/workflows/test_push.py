@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import yaml
 from huggingface_hub import constants
 
 from koat.core.errors import HubError, RunFolderError
+from koat.report.card import CardFacts, describe_use
 from koat.workflows.sharing.merge import merge_run
 from koat.workflows.sharing.push import prepare_upload, public_settings, send_upload
 from tests.tiny_base import call_koat
@@ -100,6 +102,10 @@ def test_the_card_says_what_a_reader_must_know(hub: LocalHub, run: Path) -> None
     assert public_settings({"adapter": {"method": "ia3", "start": str(run), "targets": None}}) == {
         "adapter": {"method": "ia3", "start": "run"}
     }
+    assert "Plain PEFT opens" not in card
+    facts = CardFacts("mine", "IA3", "owner/base", "mit", places=["mlp.experts"])
+    assert "without its vectors in mlp.experts" in describe_use(facts)
+    assert "without its vectors" not in describe_use(replace(facts, merge={"dtype": "float32"}))
     # Without the Hub's name for it, a folder of this machine is no base that a card could link to.
     assert "base_model" not in read_front_matter(prepare_upload(run, "me/mine").card)
 

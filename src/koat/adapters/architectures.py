@@ -38,10 +38,12 @@ class Architecture:
     fused: Fusion | None = None
     num_key_value_heads: int | None = None
     """Of a fused projection, where the configuration says otherwise."""
-    key_norm: bool = False
-    """A norm follows the key projection and takes the common factor of a key scale away again."""
-    experts: bool = False
-    """Feed-forward weights are 3-D parameters, one for all experts, which adapter layers do not reach."""
+    query_norm: str | None = None
+    """The norm that follows the query projection, where there is one."""
+    key_norm: str | None = None
+    """The norm that follows the key projection; it takes the common factor of a key scale away again."""
+    experts: str | None = None
+    """The module whose feed-forward weights are 3-D parameters, one for all experts, out of reach of PEFT's IA3."""
     transposed: bool = False
     """Linear layers are Conv1D, which keeps its weight as `[in, out]`; PEFT needs to be told."""
 
@@ -75,12 +77,12 @@ def _describe_bigcode(config: Any) -> Architecture:
 
 
 def _describe_phi(config: Any) -> Architecture:
-    return replace(_PHI, key_norm=bool(config.qk_layernorm))
+    return replace(_PHI, query_norm="q_layernorm", key_norm="k_layernorm") if config.qk_layernorm else _PHI
 
 
 _LLAMA = _separate("o_proj", ("gate_proj", "up_proj"), "down_proj")
-_QWEN3 = replace(_LLAMA, key_norm=True)
-_MIXTRAL = replace(_LLAMA, inner=None, up=(), experts=True)
+_QWEN3 = replace(_LLAMA, query_norm="q_norm", key_norm="k_norm")
+_MIXTRAL = replace(_LLAMA, inner=None, up=(), experts="mlp.experts")
 _PHI = _separate("self_attn.dense", ("fc1",), "fc2")
 _BLOOM = _fuse(
     "self_attention.query_key_value", "self_attention.dense", ("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h", "grouped"
@@ -111,7 +113,7 @@ ARCHITECTURES: dict[str, Architecture | Callable[[Any], Architecture]] = {
     "phi3": _fuse("qkv_proj", "o_proj", ("gate_up_proj",), "down_proj", "concatenated"),
     "qwen2": _LLAMA,
     "qwen3": _QWEN3,
-    "qwen3_moe": replace(_MIXTRAL, key_norm=True),
+    "qwen3_moe": replace(_MIXTRAL, query_norm="q_norm", key_norm="k_norm"),
     "starcoder2": _separate("o_proj", ("mlp.c_fc",), "mlp.c_proj"),
 }
 """By `model_type`; a function where the layout depends on the configuration."""

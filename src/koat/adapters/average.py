@@ -54,6 +54,7 @@ def check_alike(first: StoredAdapter, other: StoredAdapter) -> None:
         "targets": [_normalise(adapter.config.get("target_modules")) for adapter in (first, other)],
         "feed-forward modules": [_normalise(adapter.config.get("feedforward_modules")) for adapter in (first, other)],
         "held queries": [bool(adapter.extra.get("holds_queries")) for adapter in (first, other)],
+        "places beyond PEFT's reach": [adapter.extra.get("places", []) for adapter in (first, other)],
     }
     for what, (left, right) in facts.items():
         if left != right:

@@ -14,6 +14,7 @@ from koat.adapters.attach import Attached
 from koat.adapters.files import WHOLE
 from koat.adapters.ia3 import reset_held
 from koat.adapters.methods import find_method
+from koat.adapters.reach import fold_places
 from koat.core.errors import AdapterError
 from koat.quantise.weights import list_quantised
 
@@ -49,6 +50,7 @@ def merge_adapter(model: Attached) -> Any:
         found = ", ".join(sorted(str(dtype) for dtype in rounded)) or "quantised layers"
         raise AdapterError(f"Merging is computed in float32, and this model has {found}. Load it with dtype=float32.")
     reset_held(model)
+    fold_places(model)
     merged: nn.Module = model.merge_and_unload()
     return merged.requires_grad_(False).eval()
 

@@ -6,7 +6,9 @@ from typing import Any
 
 from koat.adapters.architectures import UnknownFamilyError, find_architecture
 from koat.adapters.ia3 import resolve_ia3_targets
+from koat.adapters.reach import find_places
 from koat.adapters.settings import Ia3Settings
+from koat.adapters.targets import covers
 from koat.core.config import Section
 
 
@@ -23,18 +25,18 @@ def describe_remarks(settings: Section, config: Any) -> list[str]:
     targets = getattr(settings, "targets", None)
     scaled = resolve_ia3_targets(settings, config)[0] if isinstance(settings, Ia3Settings) else []
     remarks = []
-    if architecture.key_norm and _covers(scaled, architecture.key):
+    if getattr(settings, "reach", "peft") == "whole":
+        return [_describe_places(config, find_places(settings, config))]
+    if architecture.key_norm and covers(scaled, architecture.key):
         remarks.append(_describe_key_norm(config))
     if architecture.experts and (targets == "all-linear" or (scaled and targets in ("paper", "attention"))):
         remarks.append(_describe_experts(config))
     if remarks and scaled and targets == "paper":
-        remarks.append("adapter.targets=attention trains more there: queries and attention output as well.")
+        remarks.append(
+            "adapter.reach=whole puts vectors of koat's own there; adapter.targets=attention trains queries and "
+            "attention output as well."
+        )
     return remarks
-
-
-def _covers(targets: list[str], layer: str) -> bool:
-    """Whether targets include a layer, by PEFT's rule: names match by their ends."""
-    return any(f".{name}".endswith(f".{layer}") or f".{layer}".endswith(f".{name}") for name in targets)
 
 
 def _describe_key_norm(config: Any) -> str:
@@ -47,7 +49,16 @@ def _describe_key_norm(config: Any) -> str:
 
 def _describe_experts(config: Any) -> str:
     return (
-        f"{config.model_type} keeps its experts in 3-D parameters, which koat's adapter layers do not reach: attention "
-        "is adapted, the experts and the inner activations inside them are not. If these matter, use a base model "
-        "without experts."
+        f"{config.model_type} keeps its experts in 3-D parameters, which PEFT's adapter layers do not reach: attention "
+        "is adapted, the experts and the inner activations inside them are not."
+    )
+
+
+def _describe_places(config: Any, places: list[str]) -> str:
+    if not places:
+        return f"adapter.reach=whole changes nothing: what these targets name in {config.model_type}, PEFT reaches."
+    return (
+        f"adapter.reach=whole: {config.model_type} is rescaled in {', '.join(places)} too, by layers of koat's own. "
+        "Plain PEFT opens the adapter's files without these vectors and says nothing; `koat merge` puts them into the "
+        "weights."
     )

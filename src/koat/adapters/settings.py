@@ -25,6 +25,11 @@ class Ia3Settings(Section):
         default_factory=list,
         description="With named targets: those whose input is scaled instead of their output.",
     )
+    reach: Literal["peft", "whole"] = Field(
+        "peft",
+        description="`whole`: also after the norms that follow keys and queries, and inside experts that are one 3-D "
+        "parameter, by layers of koat's own. Merge such an adapter before plain PEFT reads it.",
+    )
     start: str | None = Field(None, description=START)
 
 

@@ -10,6 +10,7 @@ from peft import PeftModel
 from koat.adapters.attach import read_adapter_state, write_adapter_state
 from koat.adapters.files import CONFIG, WEIGHTS, compare_states, read_adapter_config, read_adapter_file, read_extra
 from koat.adapters.ia3 import holds_queries
+from koat.adapters.reach import list_places
 from koat.core.errors import AdapterError
 
 SETTINGS = {
@@ -43,6 +44,12 @@ def start_from(model: PeftModel, folder: Path) -> None:
         raise AdapterError(
             f"adapter.start={folder} also scales the queries of fused projections, and adapter.targets=paper holds "
             "those at one. Use adapter.targets=peft, or name the layers."
+        )
+    wanted, found = list_places(model), extra.get("places", [])
+    if wanted != found:
+        raise AdapterError(
+            f"adapter.start={folder} has vectors beyond PEFT's layers in {', '.join(found) or 'no module'}, and the "
+            f"settings want them in {', '.join(wanted) or 'none'}. Set adapter.reach={'whole' if found else 'peft'}."
         )
     state = read_adapter_file(folder / WEIGHTS)
     compare_states(read_adapter_state(model), state, str(folder))

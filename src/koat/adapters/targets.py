@@ -40,6 +40,11 @@ def check_targets(model: nn.Module, names: Iterable[str]) -> None:
             )
 
 
+def covers(targets: Iterable[str], layer: str) -> bool:
+    """Whether targets include a layer, by PEFT's rule: names match by their ends."""
+    return any(f".{name}".endswith(f".{layer}") or f".{layer}".endswith(f".{name}") for name in targets)
+
+
 def read_peft_default(mapping_name: str, config: Any) -> list[str]:
     """Return PEFT's default modules for a model family from one of its mappings."""
     from peft.utils import constants

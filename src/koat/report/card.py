@@ -30,6 +30,8 @@ class CardFacts:
     scores: list[dict[str, Any]] = field(default_factory=list)
     merge: dict[str, Any] = field(default_factory=dict)
     """The record of the merge, for a merged model."""
+    places: list[str] = field(default_factory=list)
+    """Modules with vectors of koat's own, which plain PEFT passes over."""
 
 
 def write_card(facts: CardFacts) -> str:
@@ -81,6 +83,11 @@ def describe_use(facts: CardFacts) -> str:
         head = "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM"
         code = f'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{facts.base}"), "REPO")'
     text = f"## Use\n\n```python\n{head}\n\n{code}\n```\n"
+    if facts.places and not facts.merge:
+        text += (
+            f"\n**Plain PEFT opens this adapter without its vectors in {', '.join(facts.places)}**, and says nothing. "
+            "Evaluate or merge it with koat: `koat merge` puts them into the weights.\n"
+        )
     prompts = facts.template.get("prompts")
     if prompts:
         shown = "\n\n".join(f"```text\n{prompt}\n```" for prompt in prompts)

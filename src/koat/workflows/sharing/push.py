@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from koat.adapters.files import CONFIG, EXTRA, WEIGHTS, WHOLE
+from koat.adapters.files import CONFIG, EXTRA, WEIGHTS, WHOLE, read_extra
 from koat.adapters.methods import METHODS
 from koat.core.config_files import read_config_file
 from koat.core.errors import HubError, RunFolderError
@@ -132,6 +132,7 @@ def gather_facts(
         versions=manifest.get("versions", {}),
         scores=collect_scores(trained.predictions),
         merge=record,
+        places=read_extra(trained.folder).get("places", []),
     )
 
 
