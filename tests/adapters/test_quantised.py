@@ -162,7 +162,7 @@ def test_eight_bit_scores_differ_no_more_than_their_batches_do(load, make_sequen
                     table[owner][at] = value
             return torch.cat([row[mark] for row, mark in zip(table, marks, strict=True)])
 
-        padded = [score(make_padded(model.config), budget) - expected for budget in (40, 80, 160, 320)]
+        padded = [score(make_padded(), budget) - expected for budget in (40, 80, 160, 320)]
         forests = [score(layout, budget) - expected for budget in (9999, 60)]
     noise = max(float(difference.abs().max()) for difference in padded)
     spread = max(float(difference.norm()) for difference in padded)

@@ -109,7 +109,7 @@ def test_conditions_name_what_differs(
         "template": describe_conditions(model, layout, tokenizer, template="chat"),
         "truncation": describe_conditions(model, layout, tokenizer, truncation="1 items kept out"),
         "precision": describe_conditions(make_model("llama").to(torch.bfloat16), layout, tokenizer),
-        "layout": describe_conditions(model, make_padded(model.config), tokenizer),
+        "layout": describe_conditions(model, make_padded(), tokenizer),
     }
     for part, other in others.items():
         assert compare_contracts(plain, other) == [part]

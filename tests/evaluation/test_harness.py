@@ -143,7 +143,7 @@ def test_greedy_texts_are_the_harness_own(both: tuple[KoatLM, HFLM]) -> None:
 def test_padded_rows_give_the_same_numbers(make_model: Callable[..., Any], tokenizer: Any) -> None:
     model = make_model("llama", vocab_size=VOCABULARY)
     koat, peer = make_both(model, tokenizer, max_length=CONTEXT)
-    koat.layout = make_padded(model.config, True)
+    koat.layout = make_padded(True)
     requests = ask("loglikelihood", *PAIRS)
     compare(koat.loglikelihood(requests, disable_tqdm=True), peer.loglikelihood(requests, disable_tqdm=True))
 

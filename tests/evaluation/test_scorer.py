@@ -43,7 +43,7 @@ def test_choices_score_as_in_a_plain_pass(
     model = make_model(family, vocab_size=len(tokenizer), max_position_embeddings=2048)
     layout = verify_layout(model)[0]
     assert layout.shares
-    scored = score_requests(model, layout if shared else make_padded(model.config, True), requests)
+    scored = score_requests(model, layout if shared else make_padded(True), requests)
     for request, score in zip(requests, scored.scores, strict=True):
         start = len(request.context_ids)
         singly = score_singly(model, [supervise_from(request.context_ids + ids, start) for ids in request.choices])
@@ -84,7 +84,7 @@ def test_choices_of_an_item_share_its_context(model: Any, requests: list[ChoiceR
     once = sum(len(request.context_ids) + sum(map(len, request.choices)) for request in requests)
     assert scored.num_tokens == sum(pairs)
     assert scored.num_unique_tokens <= once < scored.num_tokens / 2
-    assert score_requests(model, make_padded(model.config), requests).num_unique_tokens == sum(pairs) - len(
+    assert score_requests(model, make_padded(), requests).num_unique_tokens == sum(pairs) - len(
         pairs
     )  # last tokens predict nothing
 
@@ -123,7 +123,7 @@ def test_broken_weights_are_an_error_not_a_score(
 
 
 def test_an_empty_context_is_refused(model: Any) -> None:
-    layout = make_padded(model.config)
+    layout = make_padded()
     for request in (ChoiceRequest("a", (), ((1,), (2,)), 0), ChoiceRequest("a", (1,), ((1,), ()), 0)):
         with pytest.raises(ValueError, match="empty context or choice"):
             score_requests(model, layout, [request])

@@ -168,7 +168,7 @@ def test_every_kernel(prepare, make_sequences, score_singly, family, attention) 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_padded_rows(prepare, make_sequences, score_singly, family, split_head) -> None:
     model, sequences = prepare(family), make_sequences("mixed")
-    layout = make_padded(model.config, split_head)
+    layout = make_padded(split_head)
     expected = run_single(model, sequences, score_singly)
     assert_same(run_layout(model, sequences, layout, 120, None), expected)
 
@@ -261,7 +261,7 @@ def test_each_distinct_token_is_computed_once(prepare, make_sequences, family) -
 @pytest.mark.parametrize("shares", [True, False])
 def test_scores_and_greedy_tokens(prepare, make_sequences, score_singly, shares, split_head) -> None:
     model, sequences = prepare("gemma2"), make_sequences("mixed")
-    layout = replace(share(model) if shares else make_padded(model.config), split_head=split_head)
+    layout = replace(share(model) if shares else make_padded(), split_head=split_head)
     scored = 0
     for batch in cut_sequences(sequences, layout, 200):
         logprobs, greedy = score_tokens(model, batch, layout)

@@ -54,7 +54,8 @@ def collect(parts: Iterable[Predictions], num_sequences: int) -> tuple[list[list
 def test_every_budget_gives_the_single_sequences_log_probabilities(make_model, family: str, budget: int) -> None:
     model, sequences = make_model(family), draw_sequences(budget)
     forest = build_forest(sequences)
-    layout, _ = verify_layout(model)
+    layout, verification = verify_layout(model)
+    assert verification.to_mapping()["streams"] == layout.streams
     assert layout.streams == (family != "gemma2")  # capped attention takes dense masks, which want short rows
     layout = replace(layout, streams=True)
     for each in (layout, replace(layout, narrow=False)):

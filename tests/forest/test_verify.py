@@ -100,7 +100,7 @@ def test_longrope_runs_one_sequence_at_a_time(make_model, make_sequences, score_
     assert "one sequence at a time" in caplog.text
     assert measure_worst(model, sequences, layout, score_singly) < 5e-5
     # Rows of all lengths in one micro-batch; apart by length they would happen to be right.
-    joined = replace(make_padded(model.config), cost=RowCost(0.0, start_up=1e9))
+    joined = replace(make_padded(), cost=RowCost(0.0, start_up=1e9))
     assert measure_worst(model, sequences, joined, score_singly, 10_000) > 0.1
 
 

@@ -64,7 +64,7 @@ def test_loss_and_gradient_are_the_formulas(
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     gradients = [weight.grad.clone() for weight in trained]
     forest, _ = verify_layout(model)
-    for layout in (forest, make_padded(model.config)):
+    for layout in (forest, make_padded()):
         for budget in (4096, 16, 5):
             model.zero_grad()
             weights = {"unlikelihood": unlikelihood, "choice_loss": choice_loss}

@@ -135,7 +135,7 @@ def test_layout_and_grouping_do_not_change_what_is_learned(
     states = []
     for sampler, chosen in (("grouped", layout), ("shuffled", layout), ("shuffled", None)):
         model = attach_adapter(make_model("llama"), METHODS["ia3"][0])
-        chosen = chosen or make_padded(model.config)
+        chosen = chosen or make_padded()
         train(model, examples, chosen, settings.model_copy(update={"sampler": sampler}), accelerator=accelerator)
         states.append(read_adapter_state(model))
     assert measure_distance(states[1], states[0]) < 1e-5

@@ -28,7 +28,7 @@ def layouts(model: Any) -> dict[str, Layout]:
     """Both ways through the model."""
     forest, verification = verify_layout(model)
     assert verification.shares
-    return {"forest": forest, "padded": make_padded(model.config)}
+    return {"forest": forest, "padded": make_padded()}
 
 
 def supervise_all(*bodies: tuple[int, ...]) -> list[Sequence]:

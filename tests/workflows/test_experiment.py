@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -393,6 +394,23 @@ def test_an_experiment_that_does_not_ship_is_answered_with_the_nearest() -> None
     assert status == 2
     assert "did you mean 'koat-vs-lora'" in error
     assert read_config_file(Path(koat.__file__).parent / "experiments" / "koat-vs-lora.yaml")["name"] == "koat-vs-lora"
+
+
+def test_processes_end_with_the_one_that_started_them(inputs: dict[str, str], tmp_path: Path) -> None:
+    items = [f"{name}={value}" for name, value in inputs.items()]
+    command = ["experiment", str(write_file(tmp_path)), *items, "--out", "out", "--jobs", "2"]
+    parent = start_koat(*command, cwd=tmp_path)
+    cells: list[psutil.Process] = []
+    until = time.monotonic() + 60
+    while len(cells) < 2 and parent.poll() is None and time.monotonic() < until:
+        time.sleep(0.1)
+        cells = psutil.Process(parent.pid).children(recursive=True) if parent.poll() is None else []
+    assert len(cells) >= 2
+    parent.terminate()
+    parent.communicate(timeout=60)
+    assert parent.returncode == 128 + signal.SIGTERM
+    gone, alive = psutil.wait_procs(cells, timeout=30)
+    assert not alive
 
 
 # Long ---------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from typing import Any
 
@@ -47,9 +48,23 @@ def read_flags(overrides: tuple[str, ...], named: dict[str, Any]) -> dict[str, A
     return merged
 
 
+def catch_endings() -> None:
+    """Let the signals that end a program run its clean-up first: processes that it started must end with it."""
+
+    def end(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        # What `nohup` ignores stays ignored.
+        if number is not None and signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, end)
+
+
 def main() -> None:
     """Run the command line: status 2 and a plain message for what a user can mend."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    catch_endings()
     try:
         koat(standalone_mode=False)
     except KoatError as error:

@@ -97,33 +97,11 @@ def continue_prompts(
 
     Greedy results depend neither on the budget nor on the order.
     """
+    writer = _Writer(model, layout, tokenizer, ending)
     with settled(model):
-        if is_greedy(unwrap(model), ending) and verify_growth(model, layout):
-            return _grow(model, layout, tokenizer, prompts, ending, token_budget, on_progress)
-        return _continue_padded(model, layout, tokenizer, prompts, ending, token_budget, on_progress)
-
-
-def _continue_padded(
-    model: nn.Module,
-    layout: Layout,
-    tokenizer: Any,
-    prompts: Sequence[tuple[int, ...]],
-    ending: Ending,
-    token_budget: int,
-    on_progress: Callable[[int], None],
-) -> Continuations:
-    num_tokens = 0
-    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
-    found: dict[int, tuple[int, ...]] = {}
-    while len(found) < len(order):
-        longest = len(prompts[order[len(found)]]) + ending.max_new_tokens
-        chosen = order[len(found) : len(found) + max(1, token_budget // longest)]
-        batch = [prompts[index] for index in chosen]
-        written = _continue_batch(model, layout, tokenizer, batch, ending)
-        found.update(zip(chosen, written, strict=True))
-        num_tokens += sum(map(len, batch)) + len(batch) * (max(map(len, written)) - 1)
-        on_progress(len(chosen))
-    return Continuations([found[index] for index in range(len(prompts))], num_tokens)
+        grows = is_greedy(unwrap(model), ending) and verify_growth(model, layout)
+        write = writer.grow if grows else writer.write_batches
+        return write(prompts, token_budget, on_progress)
 
 
 def is_greedy(causal: Any, ending: Ending) -> bool:
@@ -132,51 +110,72 @@ def is_greedy(causal: Any, ending: Ending) -> bool:
     return not asked.get("do_sample", False) and asked.keys() <= HARMLESS
 
 
-def _grow(
-    model: nn.Module,
-    layout: Layout,
-    tokenizer: Any,
-    prompts: Sequence[tuple[int, ...]],
-    ending: Ending,
-    token_budget: int,
-    on_progress: Callable[[int], None],
-) -> Continuations:
-    texts = StopTexts(tokenizer, ending.until)
-    ends = torch.tensor(sorted(_list_end_tokens(unwrap(model))), dtype=torch.int64, device=unwrap(model).device)
+@dataclass(frozen=True, slots=True)
+class _Writer:
+    """A model, and when it is done with a prompt."""
 
-    def is_done(places: Sequence[int], written: Tensor) -> Tensor:
-        return torch.isin(written[:, -1], ends) | texts.find(written)
+    model: nn.Module
+    layout: Layout
+    tokenizer: Any
+    ending: Ending
 
-    grown, num_tokens = grow_forest(
-        model, layout, prompts, ending.max_new_tokens, is_done, token_budget=token_budget, on_progress=on_progress
-    )
-    return Continuations([tuple(each.token_ids) for each in grown], num_tokens)
+    def grow(
+        self, prompts: Sequence[tuple[int, ...]], token_budget: int, on_progress: Callable[[int], None]
+    ) -> Continuations:
+        """Continue all prompts as a forest, what they share computed once."""
+        texts, causal = StopTexts(self.tokenizer, self.ending.until), unwrap(self.model)
+        ends = torch.tensor(sorted(_list_end_tokens(causal)), dtype=torch.int64, device=causal.device)
 
+        def is_done(places: Sequence[int], written: Tensor) -> Tensor:
+            return torch.isin(written[:, -1], ends) | texts.find(written)
 
-def _continue_batch(
-    model: nn.Module, layout: Layout, tokenizer: Any, prompts: Sequence[tuple[int, ...]], ending: Ending
-) -> list[tuple[int, ...]]:
-    from transformers import StoppingCriteriaList
+        limit = self.ending.max_new_tokens
+        grown, num_tokens = grow_forest(
+            self.model, self.layout, prompts, limit, is_done, token_budget=token_budget, on_progress=on_progress
+        )
+        return Continuations([tuple(each.token_ids) for each in grown], num_tokens)
 
-    causal, caller = unwrap(model), _prepare(model, layout)
-    width, padding = len(prompts[0]), _find_padding(tokenizer)
-    ids = torch.tensor([(padding,) * (width - len(prompt)) + prompt for prompt in prompts], device=causal.device)
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=causal.device)
-    stop = StopAtTexts(StopTexts(tokenizer, ending.until), width, len(prompts))
-    output = caller.generate(
-        input_ids=ids,
-        attention_mask=mask,
-        max_new_tokens=ending.max_new_tokens,
-        stopping_criteria=StoppingCriteriaList([stop]),
-        pad_token_id=padding,
-        use_cache=True,
-        **ending.options,
-    )
-    ends = _list_end_tokens(causal)
-    return [
-        _cut(tuple(row), length, ends)
-        for row, length in zip(output[:, width:].tolist(), stop.lengths.tolist(), strict=True)
-    ]
+    def write_batches(
+        self, prompts: Sequence[tuple[int, ...]], token_budget: int, on_progress: Callable[[int], None]
+    ) -> Continuations:
+        """Continue prompts of similar lengths together, padded on the left."""
+        num_tokens = 0
+        order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+        found: dict[int, tuple[int, ...]] = {}
+        while len(found) < len(order):
+            longest = len(prompts[order[len(found)]]) + self.ending.max_new_tokens
+            chosen = order[len(found) : len(found) + max(1, token_budget // longest)]
+            batch = [prompts[index] for index in chosen]
+            written = self._write_batch(batch)
+            found.update(zip(chosen, written, strict=True))
+            num_tokens += sum(map(len, batch)) + len(batch) * (max(map(len, written)) - 1)
+            on_progress(len(chosen))
+        return Continuations([found[index] for index in range(len(prompts))], num_tokens)
+
+    def _write_batch(self, prompts: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+        from transformers import StoppingCriteriaList
+
+        causal, caller = unwrap(self.model), _prepare(self.model, self.layout)
+        width, padding = len(prompts[0]), _find_padding(self.tokenizer)
+        ids = torch.tensor([(padding,) * (width - len(prompt)) + prompt for prompt in prompts], device=causal.device)
+        mask = torch.tensor(
+            [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=causal.device
+        )
+        stop = StopAtTexts(StopTexts(self.tokenizer, self.ending.until), width, len(prompts))
+        output = caller.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=self.ending.max_new_tokens,
+            stopping_criteria=StoppingCriteriaList([stop]),
+            pad_token_id=padding,
+            use_cache=True,
+            **self.ending.options,
+        )
+        ends = _list_end_tokens(causal)
+        return [
+            _cut(tuple(row), length, ends)
+            for row, length in zip(output[:, width:].tolist(), stop.lengths.tolist(), strict=True)
+        ]
 
 
 def _prepare(model: nn.Module, layout: Layout) -> Any:

@@ -49,6 +49,8 @@ class Verification:
     difference: float | None
     noise: float | None
     reason: str
+    streams: bool = False
+    """Whether scoring carries keys and values from one row to the next."""
 
     def to_mapping(self) -> dict[str, Any]:
         """Return a JSON-safe mapping."""
@@ -163,7 +165,7 @@ def list_candidates(config: Any, kernel: Kernel) -> list[Layout]:
     return [Layout(plan, cost, limit, split, narrow=narrow) for split, narrow in heads for plan in plans]
 
 
-def make_padded(config: Any, split_head: bool = False) -> Layout:
+def make_padded(split_head: bool = False) -> Layout:
     """Return the layout without sharing: one sequence a row, right-padded, of similar lengths."""
     return Layout(None, RowCost(0.0), 1, split_head)
 
@@ -207,7 +209,7 @@ def _verify(model: nn.Module, kernels: list[Kernel]) -> tuple[Layout, Verificati
         twin = make_twin(causal)
     except Exception as error:  # an unusual configuration class; the model itself still runs
         log.warning("Prefixes are not shared: no small twin of this model can be made (%s).", error)
-        return make_padded(causal.config), Verification(False, False, kernel, None, None, None, str(error))
+        return make_padded(), Verification(False, False, kernel, None, None, None, str(error))
     probe = make_probe(twin.config.vocab_size)
     reasons = []
     for layout in [layout for each in kernels for layout in list_candidates(causal.config, each)]:
@@ -217,15 +219,14 @@ def _verify(model: nn.Module, kernels: list[Kernel]) -> tuple[Layout, Verificati
             reasons.append(reason or f"log-probabilities differ by {twin_difference:.2g} on a float32 twin")
             continue
         real = make_probe(causal.get_output_embeddings().weight.shape[0], seed=1)
-        noise, _ = _try_layout(model, real, make_padded(causal.config, layout.split_head))
+        noise, _ = _try_layout(model, real, make_padded(layout.split_head))
         noise = max(noise, estimate_rounding(model, real))
         difference, reason = _try_layout(model, real, layout)
         allowed = max(FLOOR, NOISE_FACTOR * noise)
         if difference <= allowed:
-            found = Verification(
-                True, layout.split_head, layout.plan.kernel, twin_difference, difference, noise, "exact"
-            )
-            return _let_stream(layout, (twin, probe, TWIN_TOLERANCE), (model, real, allowed)), found
+            chosen = _let_stream(layout, (twin, probe, TWIN_TOLERANCE), (model, real, allowed))
+            measured = (layout.plan.kernel, twin_difference, difference, noise, "exact", chosen.streams)
+            return chosen, Verification(True, layout.split_head, *measured)
         reasons.append(reason or f"log-probabilities differ by {difference:.2g}, batching alone by {noise:.2g}")
     layout, reason = _fall_back(twin, probe), reasons[-1] if reasons else "not tried"
     instead = "one sequence at a time" if layout.alone else "padded batches"
@@ -274,7 +275,7 @@ def verify_growth(model: nn.Module, layout: Layout) -> bool:
 
 def _fall_back(twin: Any, probe: ListLike[Sequence]) -> Layout:
     """Return padded rows if they are exact on the twin; if not even they are, one sequence at a time."""
-    padded = [make_padded(twin.config, split) for split in (True, False)]
+    padded = [make_padded(split) for split in (True, False)]
     for layout in (*padded, replace(padded[0], alone=True)):
         if _try_layout(twin, probe, layout)[0] <= TWIN_TOLERANCE:
             return layout

@@ -150,7 +150,7 @@ def pick_layout(model: nn.Module, settings: ModelSettings, device: torch.device)
     """
     config = unwrap(model).config
     if settings.layout == "padded" or getattr(config, "alibi", False) or config.model_type in ALIBI_FAMILIES:
-        return make_padded(config, split_head=True)
+        return make_padded(split_head=True)
     kernel: Kernel = "eager" if settings.attention == "eager" or find_kernel(config) == "eager" else "sdpa"
     if kernel == "sdpa" and not has_cached_root(model) and _walks(model, settings, device):
         kernel = "walk"

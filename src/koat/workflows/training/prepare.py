@@ -82,8 +82,8 @@ def choose_layout(model: nn.Module, settings: ModelSettings) -> tuple[Layout, Ve
     """Verify the model and return the layout to use; `padded` is taken at its word."""
     layout, verification = verify_layout(model, settings.attention)
     if settings.layout == "padded" and layout.shares:
-        padded = make_padded(model.config, verification.split_head)
-        return padded, replace(verification, shares=False, reason="model.layout=padded")
+        padded = make_padded(verification.split_head)
+        return padded, replace(verification, shares=False, streams=False, reason="model.layout=padded")
     if settings.layout == "forest" and not layout.shares:
         raise ConfigError(
             f"model.layout=forest was asked for, but prefixes cannot be shared exactly here: {verification.reason}. "
