@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -65,8 +66,15 @@ class LoraLinear(nn.Module, LoraLayer):
                 down: Any = self.lora_A[name].weight
                 up: Any = self.lora_B[name].weight
                 inner = F.linear(self.lora_dropout[name](x), down.to(x.dtype)) * self.scaling[name]
-                result = result + F.linear(inner, up.to(x.dtype))
+                result = add_product(result, inner, up.to(x.dtype))
         return result
+
+
+def add_product(result: Tensor, inner: Tensor, up: Tensor) -> Tensor:
+    """Return `result [..., out] + inner [..., r] @ up [out, r].T`, in one pass where all have one type."""
+    if not result.dtype == inner.dtype == up.dtype:
+        return result + F.linear(inner, up)
+    return torch.addmm(result.flatten(0, -2), inner.flatten(0, -2), up.t()).view(result.shape)
 
 
 def refine_lora_layers(model: nn.Module) -> None:

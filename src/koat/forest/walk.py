@@ -85,21 +85,24 @@ class WalkAttention(torch.autograd.Function):
         (gradient,) = gradients
         query, key, value, output, *sums = ctx.saved_tensors
         repeats = query.shape[1] // key.shape[1]
-        for_query = torch.zeros_like(query)
-        for_key, for_value = torch.zeros_like(key), fold_heads(gradient.transpose(1, 2), repeats).clone()
+        # In float32: measured, the kernel then takes a seventh less time than in bfloat16, conversion included.
+        wide = torch.promote_types(query.dtype, torch.float32)
+        for_query, for_key = torch.zeros_like(query), torch.zeros_like(key, dtype=wide)
+        for_value = fold_heads(gradient.transpose(1, 2), repeats).to(wide, copy=True)
         for piece in ctx.pieces:
             for_value[piece.row, :, piece.start : piece.stop] = 0
         for piece, log_sum in zip(ctx.pieces, sums, strict=True):
+            asked = (take_queries(heads, piece).to(wide) for heads in (gradient.transpose(1, 2), query))
+            seen = (take_keys(heads, piece, repeats).to(wide) for heads in (key, value))
+            answers = take_queries(output.transpose(1, 2), piece).to(wide)
             parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                take_queries(gradient.transpose(1, 2), piece), take_queries(query, piece),
-                take_keys(key, piece, repeats), take_keys(value, piece, repeats),
-                take_queries(output.transpose(1, 2), piece), log_sum,
+                *asked, *seen, answers, log_sum,
                 0.0, piece.mask is None, attn_mask=shape_mask(piece), scale=ctx.scaling,
             )  # fmt: skip
-            for_query[piece.row, :, pick_places(piece)] = parts[0][0]
+            for_query[piece.row, :, pick_places(piece)] = parts[0][0].to(query.dtype)
             add_keys(for_key, fold_heads(parts[1], repeats)[0], piece)
             add_keys(for_value, fold_heads(parts[2], repeats)[0], piece)
-        return for_query, for_key, for_value, None, None
+        return for_query, for_key.to(key.dtype), for_value.to(value.dtype), None, None
 
 
 def pick_places(piece: Piece) -> slice | Tensor:
