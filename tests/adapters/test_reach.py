@@ -7,9 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from koat.adapters.attach import attach_adapter, count_trainable, read_adapter_state, restore_adapter, save_adapter
+from koat.adapters.average import StoredAdapter, average_adapters
+from koat.adapters.files import WEIGHTS, read_adapter_config, read_adapter_file, read_extra
 from koat.adapters.merge import merge_adapter
 from koat.adapters.methods import Ia3Settings
-from koat.adapters.reach import find_places, list_places, route
+from koat.adapters.reach import list_kinds, list_places, route
 from koat.adapters.remarks import describe_remarks
 from koat.adapters.start import start_from
 from koat.core.errors import AdapterError
@@ -69,7 +71,7 @@ def test_norms_and_experts_are_rescaled_and_nothing_else(name, randomise) -> Non
     wanted |= {"q_layernorm", "k_layernorm"} if family.kind == "phi" else set()
     wanted |= {"experts"} if name in ROUTED else set()
     assert {path.split(".")[-1] for path in own} == wanted
-    assert {path.rsplit(".", 2)[-2] + "." + path.rsplit(".", 1)[-1] for path in own} == set(list_places(model))
+    assert list(own) == list_places(model.get_base_model())
 
     by_hand = scale_by_hand(name, {path: vector.detach() for path, vector in own.items()}, model)
     torch.testing.assert_close(ask(model), ask(by_hand), rtol=1e-5, atol=1e-5)
@@ -151,13 +153,13 @@ def test_an_adapter_with_other_places_is_no_start(randomise, tmp_path) -> None:
     fresh = attach_adapter(make_family("qwen3"), WHOLE)
     start_from(fresh, tmp_path)
     assert all(torch.equal(read_adapter_state(fresh)[key], value) for key, value in read_adapter_state(model).items())
-    with pytest.raises(AdapterError, match=r"adapter\.reach=whole"):
+    with pytest.raises(AdapterError, match="in 4 modules that PEFT does not reach, and the settings want them in 0"):
         start_from(attach_adapter(make_family("qwen3"), Ia3Settings(targets="attention")), tmp_path)
 
 
 def test_a_base_without_the_place_is_refused(randomise, tmp_path) -> None:
     save_adapter(attach("qwen3", randomise), tmp_path)
-    with pytest.raises(AdapterError, match="k_norm, and the base model has no such module"):
+    with pytest.raises(AdapterError, match="_norm, and the base model has no such module"):
         restore_adapter(make_family("llama"), tmp_path)
 
 
@@ -173,21 +175,68 @@ def test_experts_of_another_form_are_refused(monkeypatch) -> None:
 def test_a_norm_that_is_not_understood_is_not_merged(randomise) -> None:
     model = attach("qwen3", randomise)
     norm = model.get_base_model().model.layers[0].self_attn.k_norm
-    norm.variance_epsilon = 1e6  # its output now hangs on nothing but this; the gain still multiplies
-    assert merge_adapter(model) is not None
-    model = attach("qwen3", randomise)
-    norm = model.get_base_model().model.layers[0].self_attn.k_norm
     plain = type(norm).__mro__[2]
     odd = type("OddNorm", (plain,), {"forward": lambda self, x: plain.forward(self, x) + 1})
     norm.__class__ = type("NormPlaceOdd", (type(norm).__mro__[1], odd), {})
+    before = norm.weight.clone()
     with pytest.raises(AdapterError, match="applies its gain is not known"):
         merge_adapter(model)
+    assert torch.equal(norm.weight, before)
+
+
+def test_only_norms_after_rescaled_layers_are_reached(randomise) -> None:
+    """Targets may name single layers."""
+    named = Ia3Settings(targets=["layers.1.self_attn.k_proj", "v_proj"], reach="whole")
+    model = attach("qwen3", randomise, named)
+    assert list(list_own(model)) == ["model.layers.1.self_attn.k_norm"]
+
+
+def test_another_active_adapter_switches_the_vectors_off(randomise) -> None:
+    model = attach("qwen3_moe", randomise)
+    model.add_adapter("other", model.peft_config["default"])
+    model.set_adapter("other")
+    torch.testing.assert_close(ask(model), ask(make_family("qwen3_moe")), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma3_text", "mixtral"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_in_bfloat16_it_is_the_float32_result_rounded(name, autocast, randomise) -> None:
+    model = attach(name, randomise)
+    expected = ask(model)
+    if not autocast:
+        model = model.bfloat16()
+        for vector in list_own(model).values():
+            vector.data = vector.data.float()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        logits = model(input_ids=IDS, use_cache=False).logits
+    logits.float().square().mean().backward()
+    assert (logits.float() - expected).norm() <= 0.1 * expected.norm()
+    assert all(vector.grad.dtype == torch.float32 and vector.grad.norm() > 0 for vector in list_own(model).values())
+
+
+def test_an_unknown_family_is_refused_by_what_to_do(make_config) -> None:
+    with pytest.raises(AdapterError, match=r"'mamba' is not in the table\. Leave it out"):
+        list_kinds(Ia3Settings(targets=["x_proj"], reach="whole"), make_config("mamba"))
+
+
+def test_adapters_with_other_places_have_no_mean(randomise, tmp_path) -> None:
+    adapters = []
+    for number, settings in enumerate((WHOLE, Ia3Settings(targets="attention"))):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        save_adapter(attach("qwen3", randomise, settings), folder)
+        state = read_adapter_file(folder / WEIGHTS)
+        adapters.append(StoredAdapter(str(number), read_adapter_config(folder), read_extra(folder), state))
+    with pytest.raises(AdapterError, match="different places beyond PEFT's reach"):
+        average_adapters(adapters)
+    _, mean = average_adapters([adapters[0], adapters[0]])
+    assert all(torch.allclose(mean[key], value) for key, value in adapters[0].state.items())
 
 
 @pytest.mark.parametrize("settings", [Ia3Settings(reach="whole"), Ia3Settings(targets=["v_proj"], reach="whole")])
 def test_where_peft_reaches_all_it_is_said(settings) -> None:
     config = make_family_config("llama")
-    assert find_places(settings, config) == []
+    assert list_kinds(settings, config) == []
     assert "changes nothing" in " ".join(describe_remarks(settings, config))
     assert "experts too" in " ".join(describe_remarks(Ia3Settings(reach="whole"), make_family_config("mixtral")))
 

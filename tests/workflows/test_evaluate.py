@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ from safetensors.torch import load_file, save_file
 
 import koat
 from koat.core.json_lines import read_lines
+from koat.workflows.comparing.report import list_commands
+from koat.workflows.comparing.scored import collect_sources, group_subjects
 from tests.tiny_base import call_koat, write_base
 
 TASK = "nsmc-prompt1"
@@ -72,6 +76,47 @@ def test_base_run_and_adapter_folder_are_three_subjects(
         for folder in (tmp_path / "base", finished / "predictions")
     ]
     assert logprobs[0] != logprobs[1]
+
+
+def test_a_report_s_commands_ask_the_same_again(
+    finished: Path, place: Path, reviews: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "mine"
+    shutil.copytree(finished, run, ignore=shutil.ignore_patterns("predictions"))
+    options: dict[str, Any] = {
+        "data": reviews["test"],
+        "shots": reviews["train"],
+        "num_shots": 1,
+        "limit": 5,
+        "seed": 3,
+    }
+    asked = koat.evaluate(run, tasks=[TASK, "nsmc-prompt2"], **options)
+    sources = collect_sources([str(run)])
+    commands = list_commands(group_subjects(sources), [str(run)], tmp_path / "page.html")
+    assert [command.split()[1] for command in commands] == ["finetune", "eval", "report"]
+    assert str(reviews["test"]) not in commands[1]
+    assert not any(str(tmp_path) in command for command in commands)
+    assert commands[2] == "koat report mine-again --out page.html"
+    shutil.copytree(run, f"{run}-again", ignore=shutil.ignore_patterns("predictions"))
+    for file in reviews.values():
+        shutil.copy(file, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    status, out, error = call_koat(*shlex.split(commands[1])[1:], "--json")
+    assert status == 0, error
+    assert strip_times(json.loads(out)) == strip_times(asked)
+
+
+def test_a_report_s_commands_know_how_a_base_was_loaded(place: Path, reviews: dict[str, Path], tmp_path: Path) -> None:
+    subject = koat.load(place / "base", {"dtype": "bfloat16"})
+    koat.evaluate(
+        replace(subject, predictions=tmp_path / "base"), tasks=[TASK], data=reviews["test"], num_shots=0, limit=4
+    )
+    (source,) = collect_sources([str(tmp_path / "base")], {str(tmp_path / "base"): "Some name"})
+    commands = list_commands(group_subjects([source]), [str(tmp_path / "base")], Path("page.html"))
+    assert commands == [
+        f"koat eval base --out base-again --task {TASK} --dtype bfloat16 --data test --shots 0 --limit 4",
+        "koat report base-again --out page.html",
+    ]
 
 
 def test_shots_come_from_their_own_file_and_follow_the_seed(

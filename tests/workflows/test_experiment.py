@@ -20,8 +20,8 @@ from koat.core.errors import ConfigError, RunFolderError, TrainingError
 from koat.core.json_lines import read_lines
 from koat.report.experiment import print_cells
 from koat.workflows.experiment import jobs as experiment_jobs
-from koat.workflows.experiment.cells import ExperimentPlan
-from koat.workflows.experiment.file import list_experiments, load_experiment, read_experiment, split_items
+from koat.workflows.experiment.cells import ExperimentPlan, describe_evaluation
+from koat.workflows.experiment.file import Evaluation, list_experiments, load_experiment, read_experiment, split_items
 from koat.workflows.experiment.plan import describe_cells, plan_experiment
 from koat.workflows.experiment.run import Outcome, Watch, hold_cell
 from tests.tiny_base import call_koat, run_koat, start_koat
@@ -232,6 +232,23 @@ def test_changed_settings_are_refused_by_name(whole: Outcome, inputs: dict[str, 
             write_file(tmp_path), out=whole.folder, inputs=inputs, settings={"base": {"model": {"dtype": "bfloat16"}}}
         )
     assert read_weights(whole.folder) == before
+
+
+def test_data_beneath_a_folder_of_benchmarks_is_watched(tmp_path: Path) -> None:
+    items = tmp_path / "hellaswag" / "test.jsonl"
+    items.parent.mkdir()
+    items.write_text('{"n": 1}\n', encoding="utf-8")
+    (tmp_path / "README.md").write_text("words", encoding="utf-8")
+    asked = Evaluation(tasks=["hellaswag"], data_dir=str(tmp_path))
+    out = tmp_path / "out"
+    before = describe_evaluation(asked, out)
+    assert list(before["files"]) == [str(items)]
+    (tmp_path / "README.md").write_text("other words", encoding="utf-8")
+    (out / "runs").mkdir(parents=True)
+    (out / "runs" / "scores.json").write_text("{}", encoding="utf-8")
+    assert describe_evaluation(asked, out) == before
+    items.write_text('{"n": 22}\n', encoding="utf-8")
+    assert describe_evaluation(asked, out) != before
 
 
 def test_changed_data_is_refused_and_overwriting_trains_again(inputs: dict[str, str], tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from koat.adapters.full import FullModel, read_weights, restore_whole, train_who
 from koat.adapters.ia3 import count_held, holds_queries, refine_ia3_layers, reset_held
 from koat.adapters.lora import refine_lora_layers
 from koat.adapters.methods import find_method
-from koat.adapters.reach import extend_reach, find_places, list_places
+from koat.adapters.reach import extend_reach, find_places, list_kinds, list_places
 from koat.adapters.soft_prompts import is_soft, read_soft_state, write_soft_state
 from koat.adapters.targets import check_targets, list_linears
 from koat.core.config import Section
@@ -51,7 +51,7 @@ def attach_adapter(model: nn.Module, settings: Section, seed: int = 0) -> Attach
         return train_whole(model)
     try:
         config = method.make_config(settings, model.config)
-        places = find_places(settings, model.config)
+        list_kinds(settings, model.config)  # refuses a family that it does not know before anything is put in
     except UnknownFamilyError as error:
         raise AdapterError(f"{error} Its linear layers: {', '.join(list_linears(model))}.") from error
     targets: Any = getattr(config, "target_modules", ())
@@ -62,7 +62,7 @@ def attach_adapter(model: nn.Module, settings: Section, seed: int = 0) -> Attach
         torch.manual_seed(seed)
         wrapped = _wrap(model, config, f"adapter.targets={','.join(sorted(targets))}" if targets else name)
     refine_layers(wrapped, holds=getattr(settings, "targets", None) == "paper")
-    extend_reach(wrapped.get_base_model(), places, trainable=True)
+    extend_reach(wrapped.get_base_model(), find_places(settings, wrapped.get_base_model()), trainable=True)
     return wrapped
 
 
@@ -109,7 +109,7 @@ def save_adapter(model: Attached, folder: Path) -> None:
     (folder / "README.md").unlink(missing_ok=True)
     if isinstance(model, FullModel):
         return
-    extra = {"holds_queries": holds_queries(model), "places": list_places(model)}
+    extra = {"holds_queries": holds_queries(model), "places": list_places(model.get_base_model())}
     (folder / EXTRA).write_text(json.dumps(extra) + "\n", encoding="utf-8")
 
 

@@ -12,11 +12,11 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.ia3.layer import IA3Layer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from koat.adapters.architectures import find_architecture
+from koat.adapters.architectures import UnknownFamilyError, find_architecture
 from koat.adapters.ia3 import resolve_ia3_targets
 from koat.adapters.lean import rescale, rescale_activated
 from koat.adapters.refine import mix_in
@@ -33,10 +33,9 @@ TOLERANCE = 1e-4
 """How far two float32 computations of the same may be apart, over their size."""
 
 
-class Rescaling(nn.Module, BaseTunerLayer):
+class Rescaling(nn.Module, IA3Layer):
     """The vector of one place, beginning at one; named as PEFT's IA3 names its own."""
 
-    adapter_layer_names = ("ia3_l",)
     weight = bias = None  # type: ignore[assignment]  # PEFT's look for a layer below, and there is none
 
     def __init__(self, shape: Iterable[int], device: torch.device, trainable: bool) -> None:
@@ -46,8 +45,9 @@ class Rescaling(nn.Module, BaseTunerLayer):
         self.ia3_l = nn.ParameterDict({ADAPTER: vector})
 
     def read(self) -> Tensor | None:
-        """Return the vector; None while adapters are switched off."""
-        return None if self.disable_adapters else self.ia3_l[ADAPTER]
+        """Return the vector; None while adapters are switched off, or another one is active."""
+        absent = self.disable_adapters or ADAPTER not in self.active_adapters or ADAPTER not in self.ia3_l
+        return None if absent else self.ia3_l[ADAPTER]
 
 
 class NormPlace(nn.Module):
@@ -76,13 +76,19 @@ class NormPlace(nn.Module):
         norm: Any = self
         probe = torch.randn(4, vector.numel(), generator=torch.Generator().manual_seed(0)).to(vector)
         wanted = super().forward(probe) * vector
-        gain = norm.weight.clone()
-        if getattr(norm, "bias", None) is not None:
+        kept = {name: tensor.clone() for name, tensor in norm.named_parameters(recurse=False)}
+        if "bias" in kept:
             norm.bias.mul_(vector)
-        for folded in (gain * vector, (1 + gain) * vector - 1):
-            norm.weight.copy_(folded)
-            if are_close(super().forward(probe), wanted):
-                return
+        distances = []
+        for gain in (candidates := (kept["weight"] * vector, (1 + kept["weight"]) * vector - 1)):
+            norm.weight.copy_(gain)
+            distances.append(float((super().forward(probe) - wanted).norm() / wanted.norm()))
+        nearest = min(distances)
+        if nearest <= TOLERANCE:
+            norm.weight.copy_(candidates[distances.index(nearest)])
+            return
+        for name, tensor in kept.items():
+            getattr(norm, name).copy_(tensor)
         raise AdapterError(
             f"How {type(norm).__name__} applies its gain is not known, so a scale after it cannot be merged into it. "
             "Use the adapter as it is, or train with adapter.reach=peft."
@@ -101,12 +107,12 @@ class ExpertsPlace(nn.Module):
             plain: Tensor = super().forward(hidden, chosen, weights)
             return plain
         experts: Any = self
-        total = torch.zeros_like(hidden)
+        total, rows = torch.zeros_like(hidden), vectors.unbind()
         for expert, tokens, places in route(chosen, experts.num_experts):
             gate, up = F.linear(hidden[tokens], experts.gate_up_proj[expert]).chunk(2, dim=-1)
-            inner = rescale_activated(gate, up, vectors[expert], experts.act_fn)
+            inner = rescale_activated(gate, up, rows[expert], experts.act_fn)
             output = F.linear(inner, experts.down_proj[expert]) * weights[tokens, places, None]
-            total = total.index_add(0, tokens, output.to(total.dtype))
+            total.index_add_(0, tokens, output.to(total.dtype))
         return total
 
     @staticmethod
@@ -137,30 +143,58 @@ def route(chosen: Tensor, num_experts: int) -> Iterator[tuple[int, Tensor, Tenso
             yield expert, tokens, places
 
 
-def find_places(settings: Section, config: Any) -> list[str]:
-    """Return the ends of the names of modules that get a vector of koat's own; none unless `reach` is `whole`."""
+def list_kinds(settings: Section, config: Any) -> list[str]:
+    """Return the ends of the names of modules that get a vector of koat's own; none unless `reach` is `whole`.
+
+    Raises AdapterError for a family that is not in the table.
+    """
     if not isinstance(settings, Ia3Settings) or settings.reach == "peft":
         return []
-    architecture = find_architecture(config)
+    try:
+        architecture = find_architecture(config)
+    except UnknownFamilyError as error:
+        raise AdapterError(
+            f"adapter.reach=whole must know where a family has norms and experts, and {config.model_type!r} is not in "
+            "the table. Leave it out, or set adapter.reach=peft."
+        ) from error
     targets, _ = resolve_ia3_targets(settings, config)
     norms = ((architecture.query, architecture.query_norm), (architecture.key, architecture.key_norm))
-    places = [norm for layer, norm in norms if norm is not None and covers(targets, layer)]
+    kinds = [norm for layer, norm in norms if norm is not None and covers(targets, layer)]
     if architecture.experts is not None and settings.targets in ("paper", "attention", "all-linear"):
-        places.append(architecture.experts)
+        kinds.append(architecture.experts)
+    return kinds
+
+
+def find_places(settings: Section, base: nn.Module) -> list[str]:
+    """Return the modules of a base model, PEFT's layers in it, that get a vector of koat's own.
+
+    A norm is one of them where the projection before it is rescaled: targets may name single layers.
+    """
+    config: Any = base.config
+    if not (kinds := list_kinds(settings, config)):
+        return []
+    architecture = find_architecture(config)
+    before = {architecture.query_norm: architecture.query, architecture.key_norm: architecture.key}
+    modules = dict(base.named_modules())
+    places = []
+    for path in modules:
+        kind = next((kind for kind in kinds if f".{path}".endswith(f".{kind}")), None)
+        beside = f"{path.rpartition('.')[0]}.{before.get(kind)}"
+        if kind is not None and (kind not in before or hasattr(modules.get(beside), "ia3_l")):
+            places.append(path)
     return places
 
 
-def extend_reach(model: nn.Module, places: Iterable[str], trainable: bool) -> None:
-    """Put a vector into every module whose name ends in one of `places`.
+def extend_reach(base: nn.Module, places: Iterable[str], trainable: bool) -> None:
+    """Put a vector into every module of a base model that is named.
 
     Raises AdapterError for a place that the model does not have, or whose experts compute something else.
     """
+    modules = dict(base.named_modules())
     for place in places:
-        found = [module for name, module in model.named_modules() if f".{name}".endswith(f".{place}")]
-        if not found:
+        if place not in modules:
             raise AdapterError(f"This adapter rescales {place}, and the base model has no such module.")
-        for module in found:
-            _extend(module, trainable)
+        _extend(modules[place], trainable)
 
 
 def _extend(module: nn.Module, trainable: bool) -> None:
@@ -193,10 +227,9 @@ def are_close(left: Tensor, right: Tensor) -> bool:
     return bool((left - right).float().norm() <= step * right.float().norm())
 
 
-def list_places(model: nn.Module) -> list[str]:
-    """Return the ends of the names of the modules that hold a vector of koat's own, each once."""
-    names = [name.split(".") for name, module in model.named_modules() if isinstance(module, Rescaling)]
-    return sorted({".".join(parts[-3:-1]) for parts in names})
+def list_places(base: nn.Module) -> list[str]:
+    """Return the modules of a base model that hold a vector of koat's own."""
+    return [name for name, module in base.named_modules() if isinstance(module, (NormPlace, ExpertsPlace))]
 
 
 def fold_places(model: nn.Module) -> None:

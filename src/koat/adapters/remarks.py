@@ -6,7 +6,7 @@ from typing import Any
 
 from koat.adapters.architectures import UnknownFamilyError, find_architecture
 from koat.adapters.ia3 import resolve_ia3_targets
-from koat.adapters.reach import find_places
+from koat.adapters.reach import list_kinds
 from koat.adapters.settings import Ia3Settings
 from koat.adapters.targets import covers
 from koat.core.config import Section
@@ -26,7 +26,7 @@ def describe_remarks(settings: Section, config: Any) -> list[str]:
     scaled = resolve_ia3_targets(settings, config)[0] if isinstance(settings, Ia3Settings) else []
     remarks = []
     if getattr(settings, "reach", "peft") == "whole":
-        return [_describe_places(config, find_places(settings, config))]
+        return [_describe_places(config, list_kinds(settings, config))]
     if architecture.key_norm and covers(scaled, architecture.key):
         remarks.append(_describe_key_norm(config))
     if architecture.experts and (targets == "all-linear" or (scaled and targets in ("paper", "attention"))):
@@ -60,5 +60,5 @@ def _describe_places(config: Any, places: list[str]) -> str:
     return (
         f"adapter.reach=whole: {config.model_type} is rescaled in {', '.join(places)} too, by layers of koat's own. "
         "Plain PEFT opens the adapter's files without these vectors and says nothing; `koat merge` puts them into the "
-        "weights."
+        "weights. Layers without experts in a model with them keep their inner activation."
     )

@@ -27,8 +27,9 @@ class Ia3Settings(Section):
     )
     reach: Literal["peft", "whole"] = Field(
         "peft",
-        description="`whole`: also after the norms that follow keys and queries, and inside experts that are one 3-D "
-        "parameter, by layers of koat's own. Merge such an adapter before plain PEFT reads it.",
+        description="`whole`: for the projections that targets name, also after the norm that follows them, which "
+        "otherwise cancels a common scale (Qwen3, Gemma 3, OLMo 2), and, with a preset, inside experts (Mixtral, "
+        "Qwen3-MoE; slower on GPUs). Plain PEFT passes these vectors over in silence: merge first.",
     )
     start: str | None = Field(None, description=START)
 

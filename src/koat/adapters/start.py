@@ -45,11 +45,12 @@ def start_from(model: PeftModel, folder: Path) -> None:
             f"adapter.start={folder} also scales the queries of fused projections, and adapter.targets=paper holds "
             "those at one. Use adapter.targets=peft, or name the layers."
         )
-    wanted, found = list_places(model), extra.get("places", [])
+    wanted, found = list_places(model.get_base_model()), extra.get("places", [])
     if wanted != found:
         raise AdapterError(
-            f"adapter.start={folder} has vectors beyond PEFT's layers in {', '.join(found) or 'no module'}, and the "
-            f"settings want them in {', '.join(wanted) or 'none'}. Set adapter.reach={'whole' if found else 'peft'}."
+            f"adapter.start={folder} has vectors of koat's own in {len(found)} modules that PEFT does not reach, and "
+            f"the settings want them in {len(wanted)}. Set adapter.reach={'whole' if found else 'peft'}, and the same "
+            "targets."
         )
     state = read_adapter_file(folder / WEIGHTS)
     compare_states(read_adapter_state(model), state, str(folder))

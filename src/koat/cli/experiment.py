@@ -39,7 +39,8 @@ def experiment(file: str, items: tuple[str, ...], out: Path, **options: Any) -> 
     `VARIANT.section.key=value` for one, `seeds=[...]` and `evaluate.key=value` replace the file's.
 
     Killed anywhere, the same command goes on. A finished cell whose settings have changed is never mixed in: it is
-    named, and made again with --overwrite, from its beginning each time that is given. `koat list` has the experiments that ship.
+    named, and made again with --overwrite, from its beginning each time that is given. `koat list` has the
+    experiments that ship.
     """
     from koat.workflows.experiment.file import load_experiment, split_items
 

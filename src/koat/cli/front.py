@@ -11,6 +11,7 @@ import click
 
 from koat.core.errors import KoatError
 
+STOPPED = "\nkoat: stopped. A training run goes on with `koat finetune --resume RUN`."
 HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
@@ -52,6 +53,8 @@ def catch_endings() -> None:
     """Let the signals that end a program run its clean-up first: processes that it started must end with it."""
 
     def end(number: int, frame: Any) -> None:
+        signal.signal(number, signal.SIG_IGN)  # a second one must not break into the clean-up
+        click.echo(STOPPED, err=True)
         raise SystemExit(128 + number)
 
     for name in ("SIGTERM", "SIGHUP"):
@@ -74,7 +77,7 @@ def main() -> None:
         error.show()
         sys.exit(2)
     except (click.Abort, KeyboardInterrupt):
-        click.echo("\nkoat: stopped. A training run goes on with `koat finetune --resume RUN`.", err=True)
+        click.echo(STOPPED, err=True)
         sys.exit(130)
     except BrokenPipeError:
         sys.stderr.close()

@@ -83,10 +83,38 @@ def compare_items(column: Column, limit: int) -> dict[str, Any] | None:
 
 
 def list_commands(subjects: Sequence[Subject], targets: Sequence[str], out: Path) -> list[str]:
-    """Return the commands that train the runs again and write the page."""
-    runs = [source for subject in subjects for source in subject.sources if source.settings is not None]
-    training = [
-        f"koat finetune --config {shlex.quote(f'{run.place}/config.yaml')} --out {shlex.quote(f'{run.place}-again')}"
-        for run in runs
-    ]
-    return [*training, shlex.join(["koat", "report", *targets, "--out", str(out)])]
+    """Return the commands that train the runs again, ask them the same and write the page.
+
+    A report is passed on: what lies outside the folder that one stands in goes by its name alone.
+    """
+    steps: list[list[str]] = []
+    again: dict[str, str] = {}
+    for source in (source for subject in subjects for source in subject.sources):
+        is_run = source.settings is not None
+        if is_run or source.asked:
+            again[source.place] = f"{shorten(source.place)}-again"
+        if is_run:
+            config = f"{shorten(source.place)}/config.yaml"
+            steps.append(["finetune", "--config", config, "--out", again[source.place]])
+        for asked in source.asked:
+            whom = [again[source.place]] if is_run else [shorten(asked["target"]), "--out", again[source.place]]
+            steps.append(["eval", *whom, *list_options(asked)])
+    shown = [again.get(target, shorten(target)) for target in targets]
+    return [shlex.join(["koat", *step]) for step in (*steps, ["report", *shown, "--out", shorten(str(out))])]
+
+
+def list_options(asked: Mapping[str, Any]) -> list[str]:
+    """Return the options of `koat eval` that it was given."""
+    options: list[str] = []
+    for name, value in asked.items():
+        if name == "target":
+            continue
+        for each in value if isinstance(value, list) else [value]:
+            options += [f"--{name}"] if each is True else [f"--{name}", shorten(str(each))]
+    return options
+
+
+def shorten(path: str) -> str:
+    """Return a path as it is where it lies beneath the folder that one stands in, else its last part."""
+    outside = Path(path).is_absolute() or path.startswith("~") or ".." in Path(path).parts
+    return Path(path).name if outside else path

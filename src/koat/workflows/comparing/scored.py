@@ -53,7 +53,10 @@ class Scored:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A subject and its scores; `settings` (without the seed) and `seed` are a run's."""
+    """A subject and its scores; `settings` (without the seed) and `seed` are a run's.
+
+    `asked` has for each evaluation the `target` and the options that `koat eval` was given.
+    """
 
     name: str
     place: str
@@ -61,6 +64,7 @@ class Source:
     notes: list[str]
     settings: Mapping[str, Any] | None = None
     seed: int | None = None
+    asked: list[Mapping[str, Any]] = field(default_factory=list)
 
 
 def collect_sources(targets: Sequence[str], names: Mapping[str, str] | None = None) -> list[Source]:
@@ -99,7 +103,8 @@ def _read_run(path: Path) -> Source:
     settings = run.read_config()
     training = dict(settings.get("training") or {})
     seed = training.pop("seed", None)
-    return Source(path.resolve().name, str(path), found.scores, found.notes, {**settings, "training": training}, seed)
+    own = {**settings, "training": training}
+    return Source(path.resolve().name, str(path), found.scores, found.notes, own, seed, found.asked)
 
 
 def _read_folder(path: Path) -> Source:
@@ -119,10 +124,10 @@ def _read_reports(paths: Sequence[Path], target: str) -> Source:
     """Read scores, the latest of each (task, scoring, contract), with the predictions that stand beside them."""
     kept = _index_predictions(paths[0].parent)
     scores: dict[tuple[str, str, str], Scored] = {}
-    notes, name = [], ""
+    notes, name, asked = [], "", []
     for path in paths:
         report = read_report(path)
-        name = name or str(report["subject"])
+        name, before = name or str(report["subject"]), len(scores)
         for result in report["results"]:
             for scoring, score in result["scores"].items():
                 contract = Parts(result["contracts"][scoring]["parts"])
@@ -135,9 +140,11 @@ def _read_reports(paths: Sequence[Path], target: str) -> Source:
                     notes.append(f"{name}: {key[0]}, {scoring}, was left out: {problem}")
                 else:
                     scores[key] = made
+        if len(scores) > before and "asked" in report:
+            asked.append(report["asked"])
     if not scores:
         raise RunFolderError(f"{target} holds no score that can be compared. {' '.join(notes)}")
-    return Source(name, target, sorted(scores.values(), key=lambda score: score.task), notes)
+    return Source(name, target, sorted(scores.values(), key=lambda score: score.task), notes, asked=asked)
 
 
 def read_report(path: Path) -> dict[str, Any]:

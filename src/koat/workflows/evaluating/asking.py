@@ -37,6 +37,17 @@ class Asking:
     chat_template: bool = False
     token_budget: int = 8192
 
+    def to_mapping(self) -> dict[str, Any]:
+        """Return what was said, under the names of the command line's options; what was left open is left out."""
+        said = {
+            "data": self.data, "shots-from": self.shots, "data-dir": self.data_dir, "include-path": self.include_path,
+            "shots": self.num_shots, "limit": self.limit, "seed": self.seed,
+            "apply-chat-template": self.chat_template or None,
+        }  # fmt: skip
+        return {
+            name: str(value) if isinstance(value, Path) else value for name, value in said.items() if value is not None
+        }
+
     def need_data(self, task: Task | AnswerTask) -> str:
         """Return the file with the items of koat's own tasks. Raises ConfigError when none was given."""
         if self.data is None:

@@ -72,7 +72,8 @@ def evaluate_exam(
         results.append({**found[key].to_mapping(), "peak_bytes": cost.peak_bytes})
         keep_predictions(subject, found[key])
     report: dict[str, Any] = {"subject": subject.name, "forest": subject.verification.to_mapping(), "results": results}
-    report |= {"groups": [], "notes": exam.notes}
+    asked = {"target": subject.target, "task": list(exam.names), **subject.loading, **exam.asking.to_mapping()}
+    report |= {"groups": [], "notes": exam.notes, "asked": asked}
     report["quantisation"] = subject.quantised.to_mapping() if subject.quantised else None
     path = subject.predictions / f"{name_report(exam.names, found)}.scores.json"
     write_json(path, report)  # before the groups: a mistake in a group's file must not cost the scores

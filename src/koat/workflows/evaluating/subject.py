@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,10 @@ class Subject:
     predictions: Path
     quantised: QuantisedCheck | None = None
     template: PromptTemplate | None = None
+    target: str = ""
+    """What was named to open it."""
+    loading: Mapping[str, str] = field(default_factory=dict)
+    """How the base was to be loaded, where the caller said so: `base`, `dtype`."""
 
 
 def open_subject(target: str, settings: ModelSettings | None = None, out: Path | None = None) -> Subject:
@@ -42,10 +47,21 @@ def open_subject(target: str, settings: ModelSettings | None = None, out: Path |
     if is_trained(Path(target)):
         trained = find_trained(target, settings)
         subject = load_subject(trained.name, trained.model, trained.folder, out or trained.predictions)
-        return replace(subject, template=trained.read_template())
+        loading = describe_loading(settings, target)
+        return replace(subject, template=trained.read_template(), target=target, loading=loading)
     settings = with_base(settings, target)
     name = re.sub(r"[^\w.-]+", "-", target).strip("-.") or "base"
-    return load_subject(name, settings, None, out or Path("evaluations") / name)
+    subject = load_subject(name, settings, None, out or Path("evaluations") / name)
+    return replace(subject, target=target, loading=describe_loading(settings, target))
+
+
+def describe_loading(settings: ModelSettings | None, target: str) -> dict[str, str]:
+    """Return the base and the type of its weights as far as they were said beside the target."""
+    if settings is None:
+        return {}
+    said = {"base": settings.base, "dtype": settings.dtype}
+    usual = {"base": target, "dtype": ModelSettings.model_fields["dtype"].default}
+    return {name: value for name, value in said.items() if value and value != usual[name]}
 
 
 def with_base(settings: ModelSettings | None, base: str) -> ModelSettings:

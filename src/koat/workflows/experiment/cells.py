@@ -21,6 +21,8 @@ from koat.workflows.training.prepare import settle_paths
 FILE = "experiment.yaml"
 RECORD = "evaluated.json"
 """Beside a cell's predictions: what it was asked, and of which model."""
+DATA = frozenset({".json", ".jsonl", ".csv", ".tsv", ".txt", ".parquet", ".arrow", ".gz"})
+"""Endings of files that hold items."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,16 +91,23 @@ class ExperimentPlan:
     def list_missing(self, cell: Cell) -> list[Evaluation]:
         """Return what a cell was not asked yet."""
         done = cell.read_record()["evaluations"] if cell.is_trained() else []
-        return [each for each in self.evaluations if describe_evaluation(each) not in done]
+        return [each for each in self.evaluations if describe_evaluation(each, self.out) not in done]
 
     def is_done(self, cell: Cell) -> bool:
         """Whether a cell is trained and was asked everything."""
         return cell.is_trained() and not self.list_missing(cell)
 
 
-def describe_evaluation(evaluation: Evaluation) -> dict[str, Any]:
-    """Return what is asked as plain values, with fingerprints of its files; those in `data_dir` are not watched."""
+def describe_evaluation(evaluation: Evaluation, out: Path) -> dict[str, Any]:
+    """Return what is asked as plain values, with fingerprints of its files and of all data beneath `data_dir`.
+
+    What the experiment itself writes into `out` is not among them, wherever that lies.
+    """
     files = tuple(path for path in (evaluation.data, evaluation.shots_from) if path)
+    if evaluation.data_dir is not None:
+        own = out.resolve()
+        beneath = (path for path in Path(evaluation.data_dir).rglob("*") if path.suffix in DATA and path.is_file())
+        files += tuple(sorted(str(path) for path in beneath if not path.resolve().is_relative_to(own)))
     return {**to_mapping(evaluation), "files": fingerprint_files(files)}
 
 

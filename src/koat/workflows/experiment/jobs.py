@@ -100,5 +100,6 @@ def describe_failure(log: Path, status: int) -> str:
     """Return the message that a process ended with, or how it was ended."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     said = next((line.removeprefix("koat: ") for line in reversed(lines) if line.strip()), "")
-    ended = f"ended by signal {-status}" if status < 0 else f"status {status}"
+    number = -status if status < 0 else status - 128
+    ended = f"ended by signal {number}" if number > 0 else f"status {status}"
     return f"{said} ({ended}; all of it in {log})" if said else f"{ended}; see {log}"

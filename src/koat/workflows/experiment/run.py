@@ -6,7 +6,7 @@ import gc
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -120,7 +120,7 @@ def run_cell(plan: ExperimentPlan, cell: Cell, watch: Watch, *, overwrite: bool 
         subject = open_cell(cell)
         for evaluation, exam in exams:
             evaluate_exam(subject, exam, on_progress=partial(watch.on_item, cell.name))
-            record_evaluation(cell, evaluation)
+            record_evaluation(plan, cell, evaluation)
 
 
 def train_cell(cell: Cell, watch: Watch, overwrite: bool) -> None:
@@ -141,12 +141,13 @@ def open_cell(cell: Cell) -> Subject:
     """Load a cell's model, ready to be asked."""
     if cell.seed is not None:
         return open_subject(str(cell.folder))
-    return load_subject(cell.name, cell.model, None, RunFolder(cell.folder).predictions)
+    subject = load_subject(cell.name, cell.model, None, RunFolder(cell.folder).predictions)
+    return replace(subject, target=cell.model.base)
 
 
-def record_evaluation(cell: Cell, evaluation: Evaluation) -> None:
+def record_evaluation(plan: ExperimentPlan, cell: Cell, evaluation: Evaluation) -> None:
     """Note that a cell was asked something; an earlier answer to the same task with the same shots is replaced."""
-    asked = describe_evaluation(evaluation)
+    asked = describe_evaluation(evaluation, plan.out)
     same = ("tasks", "shots", "seed")
     others = [
         each

@@ -132,8 +132,13 @@ def gather_facts(
         versions=manifest.get("versions", {}),
         scores=collect_scores(trained.predictions),
         merge=record,
-        places=read_extra(trained.folder).get("places", []),
+        places=name_kinds(read_extra(trained.folder).get("places", [])),
     )
+
+
+def name_kinds(places: list[str]) -> list[str]:
+    """Return what kinds of modules places are, each once: the last parts of their names."""
+    return sorted({".".join(place.split(".")[-2:]) for place in places})
 
 
 def public_settings(config: dict[str, Any]) -> dict[str, Any]:
