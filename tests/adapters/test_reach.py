@@ -140,8 +140,9 @@ def test_forests_are_exact(name, randomise, make_sequences, score_singly) -> Non
 @pytest.mark.parametrize("name", REACHED)
 def test_shapes_alone_know_the_count(name) -> None:
     """On the meta device, as `koat plan` asks."""
+    kind = type(make_family(name))
     with torch.device("meta"):
-        empty = type(make_family(name))(make_family_config(name))
+        empty = kind(make_family_config(name))
     counted = count_trainable(attach_adapter(empty, WHOLE))
     assert counted == count_trainable(attach_adapter(make_family(name), WHOLE))
     assert counted > count_trainable(attach_adapter(make_family(name), Ia3Settings(targets="attention")))
