@@ -69,7 +69,8 @@ def test_the_manifest_says_what_the_run_depended_on(finished: Path, place: Path)
 def test_the_configuration_kept_is_the_resolved_one(finished: Path, place: Path) -> None:
     kept = yaml.safe_load((finished / "config.yaml").read_text(encoding="utf-8"))
     assert kept["model"]["base"] == str(place / "base")
-    assert kept["adapter"] == {"method": "ia3", "targets": "paper", "feedforward": [], "start": None}
+    whole = {"method": "ia3", "targets": "paper", "feedforward": [], "reach": "peft", "start": None}
+    assert kept["adapter"] == whole
     assert (kept["training"]["max_steps"], kept["training"]["seed"]) == (6, 3)
     rates = METHODS["ia3"].learning_rates
     assert kept["training"]["learning_rate"] == rates.get("paper", rates[""])
