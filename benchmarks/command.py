@@ -55,7 +55,7 @@ def keep_quiet() -> None:
 
     for name in ("HF_HUB_OFFLINE", "TRL_EXPERIMENTAL_SILENCE"):
         os.environ.setdefault(name, "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # as for users: unset, it is on until a process forks
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     for name in ("lm_eval", "accelerate", "trl", "datasets"):

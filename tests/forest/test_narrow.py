@@ -78,11 +78,12 @@ def test_pieces_answer_only_who_asks() -> None:
     forest = build_forest([Sequence(body, (False,) * 339 + (True,)) for body in bodies])
     asking = np.zeros(len(forest), dtype=bool)
     asking[forest.source] = True
-    pieces = list(cut_row(0, forest.position, forest.subtree_end, None, asking))
-    asked = torch.cat([piece.queries for piece in pieces]).tolist()
-    assert asked == sorted(set(forest.source.tolist()))
-    for piece in pieces:
+    seen = torch.zeros(len(forest), len(forest), dtype=torch.int)
+    for piece in cut_row(0, forest.position, forest.subtree_end, None, asking):
         keys = torch.arange(len(forest))[piece.keys]
+        visible = torch.ones(len(piece.queries), len(keys)) if piece.adds else piece.mask == 0
         for row, query in enumerate(piece.queries.tolist()):
-            seen = set(keys[piece.mask[row] == 0].tolist())
-            assert seen == {k for k in range(len(forest)) if k <= query < forest.subtree_end[k]}
+            seen[query].index_add_(0, keys, visible[row].int())
+    for query in range(len(forest)):
+        ancestors = (forest.subtree_end > query) & (np.arange(len(forest)) <= query)
+        assert seen[query].tolist() == (ancestors & asking[query]).astype(int).tolist()

@@ -51,7 +51,7 @@ def attach_adapter(model: nn.Module, settings: Section, seed: int = 0) -> Attach
         return train_whole(model)
     try:
         config = method.make_config(settings, model.config)
-        list_kinds(settings, model.config)  # refuses a family that it does not know before anything is put in
+        kinds = list_kinds(settings, model.config)  # refuses a family that it does not know before anything is put in
     except UnknownFamilyError as error:
         raise AdapterError(f"{error} Its linear layers: {', '.join(list_linears(model))}.") from error
     targets: Any = getattr(config, "target_modules", ())
@@ -62,7 +62,7 @@ def attach_adapter(model: nn.Module, settings: Section, seed: int = 0) -> Attach
         torch.manual_seed(seed)
         wrapped = _wrap(model, config, f"adapter.targets={','.join(sorted(targets))}" if targets else name)
     refine_layers(wrapped, holds=getattr(settings, "targets", None) == "paper")
-    extend_reach(wrapped.get_base_model(), find_places(settings, wrapped.get_base_model()), trainable=True)
+    extend_reach(wrapped.get_base_model(), find_places(kinds, wrapped.get_base_model()), trainable=True)
     return wrapped
 
 

@@ -165,15 +165,14 @@ def list_kinds(settings: Section, config: Any) -> list[str]:
     return kinds
 
 
-def find_places(settings: Section, base: nn.Module) -> list[str]:
-    """Return the modules of a base model, PEFT's layers in it, that get a vector of koat's own.
+def find_places(kinds: list[str], base: nn.Module) -> list[str]:
+    """Return the modules of a base model, PEFT's layers in it, whose names end as `kinds` say.
 
     A norm is one of them where the projection before it is rescaled: targets may name single layers.
     """
-    config: Any = base.config
-    if not (kinds := list_kinds(settings, config)):
+    if not kinds:
         return []
-    architecture = find_architecture(config)
+    architecture = find_architecture(base.config)
     before = {architecture.query_norm: architecture.query, architecture.key_norm: architecture.key}
     modules = dict(base.named_modules())
     places = []

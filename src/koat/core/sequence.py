@@ -44,5 +44,5 @@ class Sequence:
 
 def supervise_from(token_ids: tuple[int, ...], start: int, group: str = "") -> Sequence:
     """Make a sequence whose tokens from `start` on are supervised (a prompt and its response)."""
-    marks = tuple(index >= max(start, 1) for index in range(len(token_ids)))
-    return Sequence(token_ids, marks, group)
+    given = min(max(start, 1), len(token_ids))
+    return Sequence(token_ids, (False,) * given + (True,) * (len(token_ids) - given), group)

@@ -3,6 +3,10 @@
 The tokens that a piece `[start, stop)` may see are the ancestors of its first token and the piece itself: an
 ancestor of any other of its tokens either stands in the piece or is an ancestor of the first as well. A trunk
 becomes one causal piece, its branches another, and trees in one row never meet.
+
+What many tokens look back at is not brought to each of their pieces: a long trunk is a piece of its own, whose keys
+all that stands behind it sees, without a mask. What a token sees is then put together from its pieces by their
+log-sums (`koat.forest.walk`), as Hydragen does for a shared prompt (Juravsky et al. 2024, arXiv:2402.05099).
 """
 
 from __future__ import annotations
@@ -19,6 +23,8 @@ START_UP = 4096.0
 """What a piece costs besides its products, in pairs of query and key: under 0.1 ms of calls at 8 heads of 64."""
 GATHER = 48.0
 """What bringing one scattered key and its value together costs, in the same unit."""
+TRUNK = 4 * START_UP
+"""From how many pairs of a chain's keys and queries behind it on those look back at it in a piece of its own."""
 BLOCK = 512
 """Queries of a long chain that go together under one mask."""
 LOOK_BACK = 256
@@ -32,7 +38,8 @@ class Piece:
     """Queries `[start, stop)` of one row, counted from the first that is no cached key, and the keys they see.
 
     `keys` are places in the row, cached ones first, a slice where they stand side by side. `mask` is additive, float32
-    `[n, K]`; None means causal over the piece itself. With `queries` only those places `[n]` ask, not all.
+    `[n, K]`; None means causal over the piece itself. With `queries` only those places `[n]` ask, not all. A piece
+    with `adds` holds a trunk, of which every query sees every key, beside what another piece lets it see.
     """
 
     row: int
@@ -41,6 +48,12 @@ class Piece:
     keys: slice | Tensor
     mask: Tensor | None
     queries: Tensor | None = None
+    adds: bool = False
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether each query sees the keys up to its own."""
+        return self.mask is None and not self.adds
 
 
 def cut_row(
@@ -51,33 +64,67 @@ def cut_row(
     asking: BoolArray | None = None,
     num_cached: int = 0,
 ) -> Iterator[Piece]:
-    """Yield the pieces of one row (`position`, `subtree_end`: `[L]`), tokens that are alone left out.
+    """Yield the pieces of one row (`position`, `subtree_end`: `[L]`), tokens that are alone left out, trunks last.
 
     A token that is its whole tree, such as padding, sees only itself: its output is its own value. With `asking
     [L]` the answers of other tokens are of no use to anybody: pieces without a token that asks are left out. The
     first `num_cached` tokens are keys alone.
     """
-    # Along a chain every token has the same end; it changes where the tree branches and where a leaf ends.
-    starts = np.flatnonzero(np.diff(subtree_end, prepend=-1))
-    starts = np.unique(np.append(starts, num_cached))
-    stops = np.append(starts[1:], len(position))
+    starts, stops = find_chains(subtree_end, num_cached)
+    behind = np.maximum(stops, num_cached)
+    is_trunk = (subtree_end[starts] - behind) * (stops - starts) > TRUNK
+    if window is not None and position.max(initial=0) >= window:
+        is_trunk[:] = False
+    depth, end = take_out(starts[is_trunk], stops[is_trunk], position, subtree_end)
+    roots = np.maximum.accumulate(np.where(depth == 0, np.arange(len(depth)), 0))
     left_out = (position[starts] == 0) & (subtree_end[starts] == starts + 1) | (starts < num_cached)
-    roots = np.maximum.accumulate(np.where(position == 0, np.arange(len(position)), 0))
-    starts, stops = split_chains(starts[~left_out], stops[~left_out], position)
-    for first, last in join_segments(starts, stops, position[starts], roots[starts]):
-        start, stop = int(starts[first]), int(stops[last])
-        if asking is None or 2 * asking[start:stop].sum() > stop - start:
-            piece = make_piece(row, start, stop, position, subtree_end, window)
-        elif asking[start:stop].any():
-            queries = start + np.flatnonzero(asking[start:stop])
-            piece = make_piece(row, start, stop, position, subtree_end, window, queries)
-        else:
-            continue
-        yield piece if not num_cached else count_from(piece, num_cached)
+    starts_own, stops_own = split_chains(starts[~left_out], stops[~left_out], depth)
+    for first, last in join_segments(starts_own, stops_own, depth[starts_own], roots[starts_own]):
+        start, stop = int(starts_own[first]), int(stops_own[last])
+        queries = choose_queries(start, stop, asking)
+        if queries is None or len(queries):
+            yield count_from(make_piece(row, start, stop, position, end, window, queries), num_cached)
+    for chain in np.flatnonzero(is_trunk).tolist():
+        start, stop = int(behind[chain]), int(subtree_end[starts[chain]])
+        queries = choose_queries(start, stop, asking)
+        if queries is None or len(queries):
+            keys = slice(int(starts[chain]), int(stops[chain]))
+            yield count_from(Piece(row, start, stop, keys, None, as_places(queries), adds=True), num_cached)
+
+
+def find_chains(subtree_end: IntArray, num_cached: int) -> tuple[IntArray, IntArray]:
+    """Return where chains without a branch begin and stop, cut where the cached tokens end."""
+    # Along a chain every token has the same end; it changes where the tree branches and where a leaf ends.
+    starts = np.unique(np.append(np.flatnonzero(np.diff(subtree_end, prepend=-1)), num_cached))
+    return starts, np.append(starts[1:], len(subtree_end))
+
+
+def take_out(starts: IntArray, stops: IntArray, position: IntArray, subtree_end: IntArray) -> tuple[IntArray, IntArray]:
+    """Return depths and ends `[L]` of a row in which nothing behind the chains `[start, stop)` sees them."""
+    shift, end = np.zeros(len(position) + 1, np.int64), subtree_end.copy()
+    for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
+        shift[stop] += stop - start
+        shift[subtree_end[start]] -= stop - start
+        end[start:stop] = stop
+    return position - np.cumsum(shift)[:-1], end
+
+
+def choose_queries(start: int, stop: int, asking: BoolArray | None) -> IntArray | None:
+    """Return which of `[start, stop)` ask; None where leaving out the others would save little."""
+    if asking is None or 2 * asking[start:stop].sum() > stop - start:
+        return None
+    return start + np.flatnonzero(asking[start:stop])
+
+
+def as_places(queries: IntArray | None) -> Tensor | None:
+    """Return queries as a piece has them."""
+    return None if queries is None else torch.from_numpy(queries)
 
 
 def count_from(piece: Piece, num_cached: int) -> Piece:
     """Let a piece's queries count from the first token that is no cached key."""
+    if not num_cached:
+        return piece
     queries = None if piece.queries is None else piece.queries - num_cached
     return replace(piece, start=piece.start - num_cached, stop=piece.stop - num_cached, queries=queries)
 
@@ -161,4 +208,4 @@ def make_piece(
     mask = torch.zeros(visible.shape).masked_fill_(torch.from_numpy(~visible), float("-inf"))
     side_by_side = len(keys) == stop - keys[0]
     taken = slice(int(keys[0]), stop) if side_by_side else torch.from_numpy(keys)
-    return Piece(row, start, stop, taken, mask, None if queries is None else torch.from_numpy(queries))
+    return Piece(row, start, stop, taken, mask, as_places(queries))
