@@ -223,10 +223,17 @@ def make_result(
     result.factors = {
         "padding": padding, "sharing": sharing, "head": head, "kernel": ratio / (padding * sharing * head),
     }  # fmt: skip
-    matrices = sum(
-        p.numel() for name, p in ours.model.named_parameters() if p.requires_grad and p.ndim == 2 and "lora_" in name
-    )
-    flops = count_flops(
+    result.machine_share = count_pass_flops(ours, work) / seconds["koat"] / matrix_rate
+    pads = work.num_padded / work.num_unique - 1
+    result.notes = f"{work.num_original:,} original, {work.num_unique:,} unique tokens; koat pads {pads:.1%}"
+    return result
+
+
+def count_pass_flops(ours: Ours, work: Work) -> float:
+    """Return the FLOPs of one pass over the examples, a low-rank update's own weights trained."""
+    named = ours.model.named_parameters()
+    matrices = sum(p.numel() for name, p in named if p.requires_grad and p.ndim == 2 and "lora_" in name)
+    return count_flops(
         unwrap(ours.model),
         num_tokens=work.num_unique,
         num_keys=work.num_keys,
@@ -234,7 +241,3 @@ def make_result(
         trains=True,
         num_adapter_weights=matrices,
     )
-    result.machine_share = flops / seconds["koat"] / matrix_rate
-    pads = work.num_padded / work.num_unique - 1
-    result.notes = f"{work.num_original:,} original, {work.num_unique:,} unique tokens; koat pads {pads:.1%}"
-    return result

@@ -139,45 +139,67 @@ def fits_memory(model: Any, num_tokens: int) -> bool:
     return 16 * num_tokens * vocabulary < 0.5 * free
 
 
+def choose(
+    estimate: Callable[[int, bool], float], sizes: ListLike[int], usual: int, autocasts: tuple[bool, ...]
+) -> tuple[int, bool, str]:
+    """Return the fastest size and autocast by short runs, and what was tried in words. A run before warms up."""
+    estimate(usual, autocasts[0])
+    by_autocast = {autocast: estimate(usual, autocast) for autocast in autocasts}
+    autocast = min(by_autocast, key=lambda key: by_autocast[key])
+    by_size = {size: estimate(size, autocast) for size in sizes}
+    tried = ", ".join(f"{size}: {seconds:.1f} s" for size, seconds in by_size.items())
+    return min(by_size, key=lambda key: by_size[key]), autocast, tried
+
+
+class PaddedRuns:
+    """Runs of transformers' Trainer over examples sorted by length, padded to the longest of each batch."""
+
+    def __init__(self, model: Any, sequences: ListLike[Sequence], step: int) -> None:
+        self.model, self.step = model, step
+        self.device = next(model.parameters()).device
+        self.ordered = sorted(sequences, key=len, reverse=True)
+        middle = max(0, (len(self.ordered) - max(BATCH_SIZES)) // 2)
+        self.sample = self.ordered[middle : middle + max(BATCH_SIZES)]
+
+    def build(self, batch_size: int, autocast: bool, chosen: ListLike[Sequence]) -> tuple[Trainer, StepClock]:
+        """Return a trainer over some of the examples, and its clock."""
+        arguments = make_arguments(
+            TrainingArguments,
+            batch_size=batch_size,
+            accumulate=max(1, self.step // batch_size),
+            autocast=autocast,
+            cpu=self.device.type == "cpu",
+        )
+        rows: Any = [make_row(sequence) for sequence in chosen]
+        trainer = Trainer(model=self.model, args=arguments, train_dataset=rows, data_collator=pad_rows)
+        return trainer, add_clock(trainer)
+
+    def count(self, chosen: ListLike[Sequence], batch_size: int) -> int:
+        """Return how many tokens some of the examples take, with padding."""
+        return count_padded([len(sequence) for sequence in chosen], batch_size)
+
+    def estimate(self, batch_size: int, autocast: bool) -> float:
+        """Return the seconds that all examples would take, by those of some in the middle."""
+        seconds = run_trainer(*self.build(batch_size, autocast, self.sample))
+        return seconds / self.count(self.sample, batch_size) * self.count(self.ordered, batch_size)
+
+    def list_sizes(self) -> list[int]:
+        """Return the batch sizes that are no more than a step and fit."""
+        longest = len(self.ordered[0])
+        fitting = [size for size in BATCH_SIZES if size <= self.step and fits_memory(self.model, size * longest)]
+        return fitting or [BATCH_SIZES[0]]
+
+
 def build_peft_peer(model: Any, sequences: ListLike[Sequence], *, step: int, autocasts: tuple[bool, ...]) -> Peer:
     """Build PEFT with transformers' Trainer: examples sorted by length, padded to the longest of each batch.
 
     Sorting the whole set is the limit of `group_by_length`. Batch size and autocast are chosen by a short run;
     an optimizer step takes `step` examples by gradient accumulation, as koat's does.
     """
-    ordered = sorted(sequences, key=len, reverse=True)
-    lengths = [len(sequence) for sequence in ordered]
-    device = next(model.parameters()).device
-
-    def build(batch_size: int, autocast: bool, chosen: ListLike[Sequence]) -> tuple[Trainer, StepClock]:
-        arguments = make_arguments(
-            TrainingArguments,
-            batch_size=batch_size,
-            accumulate=max(1, step // batch_size),
-            autocast=autocast,
-            cpu=device.type == "cpu",
-        )
-        rows = [make_row(sequence) for sequence in chosen]
-        trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=pad_rows)  # type: ignore[arg-type]
-        return trainer, add_clock(trainer)
-
+    runs = PaddedRuns(model, sequences, step)
     usual = BATCH_SIZES[len(BATCH_SIZES) // 2]
-    middle = max(0, (len(ordered) - max(BATCH_SIZES)) // 2)
-    sample = ordered[middle : middle + max(BATCH_SIZES)]
-    sampled = [len(sequence) for sequence in sample]
-
-    def estimate(batch_size: int, autocast: bool) -> float:
-        seconds = run_trainer(*build(batch_size, autocast, sample))
-        return seconds / count_padded(sampled, batch_size) * count_padded(lengths, batch_size)
-
-    run_trainer(*build(usual, autocasts[0], sample))
-    by_autocast = {autocast: estimate(usual, autocast) for autocast in autocasts}
-    autocast = min(by_autocast, key=lambda key: by_autocast[key])
-    fitting = [size for size in BATCH_SIZES if size <= step and fits_memory(model, size * lengths[0])]
-    by_size = {size: estimate(size, autocast) for size in fitting or BATCH_SIZES[:1]}
-    batch_size = min(by_size, key=lambda key: by_size[key])
-    trainer, clock = build(batch_size, autocast, ordered)
-    tried = ", ".join(f"{size}: {seconds:.1f} s" for size, seconds in by_size.items())
+    batch_size, autocast, tried = choose(runs.estimate, runs.list_sizes(), usual, autocasts)
+    trainer, clock = runs.build(batch_size, autocast, runs.ordered)
     settings = (
         f"sorted by length, padded to the longest of a batch of {batch_size} (tried {tried}), "
         f"{step} examples a step, bf16={autocast}, gradient checkpointing off, no workers, no logging"
@@ -188,7 +210,7 @@ def build_peft_peer(model: Any, sequences: ListLike[Sequence], *, step: int, aut
         settings,
         lambda: run_trainer(trainer, clock),
         lambda: measure_padded_losses(trainer, sequences, batch_size),
-        count_padded(lengths, batch_size),
+        runs.count(runs.ordered, batch_size),
     )
 
 
@@ -212,6 +234,59 @@ def measure_padded_losses(trainer: Trainer, sequences: ListLike[Sequence], batch
     return torch.cat(losses).cpu()
 
 
+class PackedRuns:
+    """Runs of TRL's SFTTrainer over examples packed whole into rows ("bfd"), one row a batch.
+
+    Raises Absent when TRL is not installed.
+    """
+
+    def __init__(self, model: Any, sequences: ListLike[Sequence], tokenizer: Any, step: int) -> None:
+        try:
+            from datasets import Dataset, disable_progress_bars
+        except ImportError as error:
+            raise Absent(f"TRL is not installed ({error}); it comes with the extra `bench`") from error
+        disable_progress_bars()
+        self.model, self.tokenizer, self.step = model, tokenizer, step
+        self.lengths = [len(sequence) for sequence in sequences]
+        marked = [[int(mark) for mark in sequence.supervised] for sequence in sequences]
+        self.data = Dataset.from_dict(
+            {"input_ids": [list(sequence.token_ids) for sequence in sequences], "completion_mask": marked}
+        )
+
+    def build(self, length: int, autocast: bool, **extra: Any) -> tuple[Trainer, StepClock]:
+        """Return a trainer over rows of a length, and its clock."""
+        try:
+            from trl import SFTConfig, SFTTrainer
+        except ImportError as error:
+            raise Absent(f"TRL is not installed ({error}); it comes with the extra `bench`") from error
+        num_rows = max(1, -(-sum(self.lengths) // length))
+        accumulate = max(1, round(num_rows * self.step / len(self.lengths)))
+        arguments = make_arguments(
+            SFTConfig,
+            batch_size=1,
+            autocast=autocast,
+            cpu=next(self.model.parameters()).device.type == "cpu",
+            **{"accumulate": accumulate, **extra},
+            packing=True,
+            packing_strategy="bfd",
+            max_length=length,
+            completion_only_loss=True,
+        )
+        trainer = SFTTrainer(model=self.model, args=arguments, train_dataset=self.data, processing_class=self.tokenizer)
+        return trainer, add_clock(trainer)
+
+    def estimate(self, length: int, autocast: bool) -> float:
+        """Return the seconds that all examples would take, by those of the first row."""
+        trainer, clock = self.build(length, autocast, accumulate=1, max_steps=1)
+        first = len(trainer.train_dataset[0]["input_ids"])  # type: ignore[index]
+        return run_trainer(trainer, clock) / first * sum(self.lengths)
+
+    def list_lengths(self) -> list[int]:
+        """Return lengths of rows to try, the shortest that holds every example first."""
+        shortest = -(-max(self.lengths) // 128) * 128
+        return [length for length in (shortest, 2 * shortest, 4 * shortest) if length <= 4096] or [shortest]
+
+
 def build_trl_peer(
     model: Any, sequences: ListLike[Sequence], tokenizer: Any, *, step: int, autocasts: tuple[bool, ...]
 ) -> Peer:
@@ -221,50 +296,10 @@ def build_trl_peer(
     position ids where examples begin and masks them from each other (dense, SDPA), so a batch of one packed row
     is best; its length is chosen by a short run. Raises Absent when TRL is not installed.
     """
-    try:
-        from datasets import Dataset, disable_progress_bars
-        from trl import SFTConfig, SFTTrainer
-    except ImportError as error:
-        raise Absent(f"TRL is not installed ({error}); it comes with the extra `bench`") from error
-    disable_progress_bars()
-    device = next(model.parameters()).device
-    marked = [[int(mark) for mark in sequence.supervised] for sequence in sequences]
-    data = Dataset.from_dict(
-        {"input_ids": [list(sequence.token_ids) for sequence in sequences], "completion_mask": marked}
-    )
-    num_tokens = sum(len(sequence) for sequence in sequences)
-
-    def build(length: int, autocast: bool, **extra: Any) -> tuple[Trainer, StepClock]:
-        num_rows = max(1, -(-num_tokens // length))
-        accumulate = max(1, round(num_rows * step / len(sequences)))
-        arguments = make_arguments(
-            SFTConfig,
-            batch_size=1,
-            autocast=autocast,
-            cpu=device.type == "cpu",
-            **{"accumulate": accumulate, **extra},
-            packing=True,
-            packing_strategy="bfd",
-            max_length=length,
-            completion_only_loss=True,
-        )
-        trainer = SFTTrainer(model=model, args=arguments, train_dataset=data, processing_class=tokenizer)
-        return trainer, add_clock(trainer)
-
-    def estimate(length: int, autocast: bool) -> float:
-        trainer, clock = build(length, autocast, accumulate=1, max_steps=1)
-        first = len(trainer.train_dataset[0]["input_ids"])  # type: ignore[index]
-        return run_trainer(trainer, clock) / first * num_tokens
-
-    shortest = -(-max(len(sequence) for sequence in sequences) // 128) * 128
-    lengths = [length for length in (shortest, 2 * shortest, 4 * shortest) if length <= 4096] or [shortest]
-    estimate(shortest, autocasts[0])
-    by_autocast = {autocast: estimate(shortest, autocast) for autocast in autocasts}
-    autocast = min(by_autocast, key=lambda key: by_autocast[key])
-    by_length = {length: estimate(length, autocast) for length in lengths}
-    length = min(by_length, key=lambda key: by_length[key])
-    trainer, clock = build(length, autocast)
-    tried = ", ".join(f"{size}: {seconds:.1f} s" for size, seconds in by_length.items())
+    runs = PackedRuns(model, sequences, tokenizer, step)
+    lengths = runs.list_lengths()
+    length, autocast, tried = choose(runs.estimate, lengths, lengths[0], autocasts)
+    trainer, clock = runs.build(length, autocast)
     settings = (
         f"packing=bfd in rows of {length} (tried {tried}), one row a batch, about {step} examples a step, "
         f"completion_only_loss, attention {model.config._attn_implementation} with the packed mask, "
@@ -276,7 +311,7 @@ def build_trl_peer(
         settings,
         lambda: run_trainer(trainer, clock),
         lambda: measure_packed_losses(trainer, sequences),
-        num_tokens,
+        sum(runs.lengths),
     )
 
 

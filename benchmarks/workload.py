@@ -26,7 +26,7 @@ SIZES = {"tiny": (128, 2, 4), "small": (512, 8, 8), "1.3b": (2048, 24, 16), "5.8
 """Width, layers and attention heads; `tiny` is for quick runs, whose figures mean nothing."""
 FAMILIES = ("gpt_neox", "llama")
 AMOUNT = 0.12
-"""Share of all items that a run takes unless told otherwise: all benchmarks together about an hour on two cores."""
+"""Share of all items that a run takes unless told otherwise: all benchmarks take an hour and a half on two cores."""
 
 
 class Absent(Exception):

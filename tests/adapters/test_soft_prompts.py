@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -21,6 +22,7 @@ from koat.adapters.attach import (
 from koat.adapters.methods import METHODS, check_combination
 from koat.adapters.settings import PrefixSettings, PromptSettings, PTuningSettings
 from koat.adapters.soft_prompts import make_prefix_config, make_prompt_config
+from koat.adapters.start import start_from
 from koat.core.errors import AdapterError
 from koat.core.settings import ModelSettings, TrainingSettings
 from koat.forest.score import cut_sequences, token_logprobs
@@ -29,11 +31,16 @@ from tests.family_models import FAMILIES, make_family
 
 SETTINGS = {
     "prefix": PrefixSettings(num_virtual_tokens=3),
+    "prefix-projected": PrefixSettings(num_virtual_tokens=3, projection_size=16),
     "prompt": PromptSettings(num_virtual_tokens=3),
     "p_tuning": PTuningSettings(num_virtual_tokens=3, encoder_size=16),
 }
 SOME = ["gpt_neox", "llama", "gpt2", "mistral", "qwen3", "bloom"]
-BROKEN_IN_PEFT = {("prefix", "falcon-multi-query"), ("p_tuning", "opt")}
+BROKEN_IN_PEFT = {
+    ("prefix", "falcon-multi-query"),
+    ("prefix-projected", "falcon-multi-query"),
+    ("p_tuning", "opt"),
+}
 """Prompts of the wrong size: PEFT counts one key head as many, and OPT's embeddings as wide as its layers."""
 
 
@@ -166,6 +173,56 @@ def test_a_checkpoint_of_p_tuning_keeps_the_network_and_its_file_the_finished_pr
     assert torch.equal(stored["prompt_embeddings"], model.get_prompt(1)[0].detach().cpu())
 
 
+def test_a_checkpoint_of_a_projected_prefix_keeps_the_network_and_its_file_only_what_it_made(tmp_path) -> None:
+    model = attach("llama", "prefix-projected")
+    assert sum("transform" in name for name in read_adapter_state(model)) == 4
+    save_adapter(model, tmp_path)
+    stored = load_file(tmp_path / "adapter_model.safetensors")
+    assert {name: tuple(tensor.shape) for name, tensor in stored.items()} == {"prompt_embeddings": (3, 2 * 2 * 16)}
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["prefix_projection"] is False
+    assert model.peft_config["default"].prefix_projection is True
+
+
+@pytest.mark.parametrize(("made", "goes_on"), [("prefix", "prefix"), ("prompt", "prompt"), ("p_tuning", "prompt")])
+def test_training_goes_on_from_a_finished_prompt_of_pefts(make_sequences, tmp_path, made, goes_on) -> None:
+    sequences = make_sequences("shared")
+    theirs = get_peft_model(make_family("llama"), copy.deepcopy(attach("llama", made).peft_config["default"])).eval()
+    expected = run_peft(theirs, sequences)[0]
+    theirs.save_pretrained(str(tmp_path))
+    ours = attach("llama", goes_on, seed=1)
+    layout, _ = verify_layout(ours)
+    start_from(ours, tmp_path)
+    values = run_scores(ours, sequences, layout)
+    assert all(torch.allclose(a, b, atol=2e-5) for a, b in zip(values, expected, strict=True))
+    assert count_trainable(ours) == next(iter(load_file(tmp_path / "adapter_model.safetensors").values())).numel()
+
+
+def test_a_projected_prefix_that_peft_saved_is_trained_further(make_sequences, tmp_path) -> None:
+    theirs = get_peft_model(make_family("llama"), make_prefix_config(SETTINGS["prefix-projected"])).eval()
+    expected = run_peft(theirs, make_sequences("shared"))[0]
+    theirs.save_pretrained(str(tmp_path))
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["prefix_projection"] is True
+    ours = restore_adapter(make_family("llama"), tmp_path, trainable=True).eval()
+    layout, _ = verify_layout(ours)
+    values = run_scores(ours, make_sequences("shared"), layout)
+    assert all(torch.allclose(a, b, atol=2e-5) for a, b in zip(values, expected, strict=True))
+    assert values[0].requires_grad
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (PrefixSettings(num_virtual_tokens=3, projection_size=16), "projection_size=0"),
+        (PrefixSettings(num_virtual_tokens=4), "adapter.num_virtual_tokens"),
+        (PromptSettings(num_virtual_tokens=3), "adapter.method"),
+    ],
+)
+def test_what_a_prefix_is_no_start_for(tmp_path, settings, said) -> None:
+    save_adapter(attach("llama", "prefix"), tmp_path)
+    with pytest.raises(AdapterError, match=said):
+        start_from(attach_adapter(make_family("llama"), settings), tmp_path)
+
+
 def test_counts() -> None:
     assert count_trainable(attach("llama", "prompt")) == 3 * 32
     # Two layers, keys and values, two heads of eight.
@@ -177,7 +234,7 @@ def test_what_prefix_tuning_forbids_is_refused_before_a_weight_is_read() -> None
     with pytest.raises(AdapterError, match="activation_checkpointing=false"):
         check_combination(PrefixSettings(), ModelSettings(base="nano"), training)
     check_combination(PromptSettings(), ModelSettings(base="nano"), training)
-    assert not any(METHODS[name].mergeable for name in SETTINGS)
+    assert not any(METHODS[settings.method].mergeable for settings in SETTINGS.values())
 
 
 def test_a_folder_of_another_base_is_refused(tmp_path) -> None:

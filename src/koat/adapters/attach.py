@@ -29,7 +29,7 @@ from koat.adapters.ia3 import count_held, holds_queries, refine_ia3_layers, rese
 from koat.adapters.lora import refine_lora_layers
 from koat.adapters.methods import find_method
 from koat.adapters.reach import extend_reach, find_places, list_kinds, list_places
-from koat.adapters.soft_prompts import is_soft, read_soft_state, write_soft_state
+from koat.adapters.soft_prompts import finished, is_soft, read_soft_state, write_soft_state
 from koat.adapters.targets import check_targets, list_linears
 from koat.core.config import Section
 from koat.core.errors import AdapterError
@@ -105,7 +105,8 @@ def _find_state(model: Attached) -> tuple[Callable[[Any], State], Callable[[Any,
 def save_adapter(model: Attached, folder: Path) -> None:
     """Write an adapter in PEFT's format, or a whole model in its own, into an existing, private folder."""
     reset_held(model)
-    model.save_pretrained(str(folder), safe_serialization=True)
+    with finished(model):
+        model.save_pretrained(str(folder), safe_serialization=True)
     (folder / "README.md").unlink(missing_ok=True)
     if isinstance(model, FullModel):
         return
@@ -131,6 +132,8 @@ def restore_adapter(model: nn.Module, folder: Path, trainable: bool = False) -> 
     targets: Any = getattr(config, "target_modules", None)
     check_targets(model, targets if isinstance(targets, (list, set, tuple)) else [])
     config.inference_mode = not trainable
+    if getattr(config, "prefix_projection", False):
+        config.prefix_projection = False  # the file holds what the network made, not the network
     wrapped = _wrap(model, config, str(folder / CONFIG))
     refine_layers(wrapped, holds=bool(extra.get("holds_queries")))
     extend_reach(wrapped.get_base_model(), extra.get("places", []), trainable)

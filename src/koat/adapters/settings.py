@@ -74,12 +74,19 @@ class PrefixSettings(SoftPromptSettings):
     """Prefix tuning (Li and Liang 2021): keys and values before every sequence, in every layer."""
 
     method: Literal["prefix"] = "prefix"
+    projection_size: Annotated[int, Field(ge=0)] = Field(
+        0,
+        description="Width of a network that makes the keys and values while training (the paper's section 4.3), and "
+        "is not kept; 0: they are trained themselves.",
+    )
+    start: str | None = Field(None, description=START)
 
 
 class PromptSettings(SoftPromptSettings):
     """Prompt tuning (Lester et al. 2021): embeddings before every sequence."""
 
     method: Literal["prompt"] = "prompt"
+    start: str | None = Field(None, description=START)
 
 
 class PTuningSettings(SoftPromptSettings):

@@ -5,10 +5,14 @@ Prompts, files and names are PEFT's; `koat.forest.root` puts them below the tree
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from peft import PeftModel
 from torch import Tensor, nn
+
+from koat.core.errors import AdapterError
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -16,13 +20,21 @@ if TYPE_CHECKING:
     from koat.adapters.settings import PrefixSettings, PromptSettings, PTuningSettings
 
 ENCODER = "prompt_encoder."
+EMBEDDING = f"{ENCODER}embedding.weight"
+FINISHED = "prompt_embeddings"
+"""PEFT's name for what a file holds: the prompt itself, whatever made it."""
 
 
 def make_prefix_config(settings: PrefixSettings) -> PeftConfig:
     """Return PEFT's configuration for keys and values before every sequence."""
     from peft import PrefixTuningConfig
 
-    return PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=settings.num_virtual_tokens)
+    return PrefixTuningConfig(
+        task_type="CAUSAL_LM",
+        num_virtual_tokens=settings.num_virtual_tokens,
+        prefix_projection=settings.projection_size > 0,
+        encoder_hidden_size=settings.projection_size or None,  # type: ignore[arg-type]  # PEFT's own default is None
+    )
 
 
 def make_prompt_config(settings: PromptSettings) -> PeftConfig:
@@ -67,3 +79,33 @@ def read_soft_state(model: PeftModel) -> dict[str, Tensor]:
 def write_soft_state(model: PeftModel, state: dict[str, Tensor]) -> None:
     """Put back what `read_soft_state` returned."""
     find_encoder(model).load_state_dict({name.removeprefix(ENCODER): tensor for name, tensor in state.items()})
+
+
+@contextmanager
+def finished(model: nn.Module) -> Iterator[None]:
+    """Within the block, a prefix's configuration says what its file holds: keys and values, and no network.
+
+    A file that named the network, which is not in it, could not be trained any further.
+    """
+    config: Any = getattr(model, "active_peft_config", None)
+    was_made = getattr(config, "prefix_projection", False)
+    if was_made:
+        config.prefix_projection = False
+    try:
+        yield
+    finally:
+        if was_made:
+            config.prefix_projection = True
+
+
+def name_finished(model: PeftModel, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a file's finished prompt under the name that it is trained by.
+
+    Raises AdapterError where a network makes the prompt while it is trained: no file holds that.
+    """
+    if set(read_soft_state(model)) != {EMBEDDING}:
+        raise AdapterError(
+            "adapter.start cannot give a prompt to the network that makes it: a finished adapter holds the prompt "
+            "alone. Set adapter.projection_size=0 to go on training the prompt itself."
+        )
+    return {EMBEDDING if name == FINISHED else name: tensor for name, tensor in state.items()}

@@ -11,6 +11,7 @@ from koat.adapters.attach import read_adapter_state, write_adapter_state
 from koat.adapters.files import CONFIG, WEIGHTS, compare_states, read_adapter_config, read_adapter_file, read_extra
 from koat.adapters.ia3 import holds_queries
 from koat.adapters.reach import list_places
+from koat.adapters.soft_prompts import is_soft, name_finished
 from koat.core.errors import AdapterError
 
 SETTINGS = {
@@ -21,8 +22,11 @@ SETTINGS = {
     "lora_alpha": "alpha",
     "use_rslora": "rslora",
     "use_dora": "dora",
+    "num_virtual_tokens": "num_virtual_tokens",
 }
 """What decides how an adapter acts, by its name in PEFT's file: the setting that must agree with it."""
+GOES_ON_AS = {"P_TUNING": "PROMPT_TUNING"}
+"""What a finished adapter is trained further as, where not as itself: the network of P-tuning is not in its file."""
 
 
 def start_from(model: PeftModel, folder: Path) -> None:
@@ -33,6 +37,7 @@ def start_from(model: PeftModel, folder: Path) -> None:
     """
     folder = folder / "adapter" if (folder / "adapter" / CONFIG).is_file() else folder
     stored, extra = read_adapter_config(folder), read_extra(folder)
+    stored["peft_type"] = GOES_ON_AS.get(stored["peft_type"], stored["peft_type"])
     for key, setting in SETTINGS.items():
         wanted, found = _plain(getattr(model.peft_config["default"], key, None)), _plain(stored.get(key))
         if wanted != found:
@@ -53,6 +58,8 @@ def start_from(model: PeftModel, folder: Path) -> None:
             "targets."
         )
     state = read_adapter_file(folder / WEIGHTS)
+    if is_soft(model):
+        state = name_finished(model, state)
     compare_states(read_adapter_state(model), state, str(folder))
     write_adapter_state(model, state)
 
