@@ -31,6 +31,9 @@ def parse_options(arguments: list[str] | None = None, description: str | None = 
     parser.add_argument("--device", default="auto")
     parser.add_argument("--size", choices=SIZES, help="default: small; with --quick tiny")
     parser.add_argument("--family", choices=FAMILIES, action="append", help="may be given twice; default: all")
+    parser.add_argument(
+        "--rounds", type=int, help="how often each side trains, in turns; the median counts; default: 3"
+    )
     parser.add_argument("--precision", choices=("float32", "bfloat16"), action="append", help="default: both")
     given = parser.parse_args(arguments)
     chosen = {
@@ -44,6 +47,7 @@ def parse_options(arguments: list[str] | None = None, description: str | None = 
         tokenizer=given.tokenizer,
         base=given.base,
         device=pick_device(given.device),
+        asked_rounds=given.rounds,
         size=given.size or ("tiny" if given.quick else "small"),
         **{name: value for name, value in chosen.items() if value is not None},
     )

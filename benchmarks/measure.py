@@ -91,6 +91,8 @@ class Table:
     title: str
     header: tuple[str, ...]
     rows: list[tuple[str, ...]]
+    picture: str = ""
+    """A file beside the page that shows this table, and those before it, as a plot."""
 
 
 @dataclass

@@ -2,28 +2,24 @@
 
 Planned from the configuration alone, on shapes. Measured on the model itself: the bytes that autograd keeps
 (saved-tensor hooks), and the most bytes alive during a step, with weights, adapter, gradients and optimizer as they
-lie in memory. A run over long contexts adds the growth of the process.
+lie in memory. Long contexts add the growth of a process (`benchmarks.long_contexts`).
 """
 
 from __future__ import annotations
 
 import copy
-import ctypes
-import gc
-import platform
 from collections.abc import Sequence as ListLike
 from dataclasses import dataclass, replace
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 
 from benchmarks.command import main
-from benchmarks.compare_training import make_accelerator
 from benchmarks.kept import count_kept_bytes
+from benchmarks.long_contexts import train_alone
 from benchmarks.measure import Findings, Result, Table
-from benchmarks.workload import SIZES, Absent, Options, build_base, open_tokenizer, read_context_qa
+from benchmarks.workload import SIZES, Absent, Options, build_base
 from koat.adapters.attach import attach_adapter
 from koat.adapters.methods import METHODS
 from koat.core.sequence import Sequence
@@ -31,16 +27,12 @@ from koat.core.settings import ModelSettings, TrainingSettings
 from koat.forest.pack import collate_rows
 from koat.forest.score import Layout, run_rows, token_logprobs
 from koat.forest.verify import verify_layout
-from koat.model import load_model
-from koat.training.loop import train
 from koat.training.optimizer import build_optimizer
-from koat.workflows.measure import Cost
 from koat.workflows.planning.memory import Footprint, measure_base, measure_footprint
 from koat.workflows.planning.simulate import LiveBytes, set_checkpointing
 
 MARK = 0.10
 """How far a plan may be from what is measured."""
-NUM_CONTEXTS = 48
 QUICK = {"vocab_size": 512, "num_hidden_layers": 4}
 """Quick models get a small head: it would be all there is."""
 GROUPED = ("mixtral", "qwen3")
@@ -194,36 +186,21 @@ def compare_cases(cases: ListLike[Case], options: Options) -> tuple[Table, bool]
     return table, all(row[-1] == "held" for row in table.rows)
 
 
-def trim() -> None:
-    """Give freed memory back to the system, so that growth begins from what is in use."""
-    gc.collect()
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-
-
-def train_contexts(options: Options, method: str, checkpointing: bool) -> tuple[str, ...]:
-    """Train the shipped model on the longest contexts there are; return the row of the table."""
-    settings = ModelSettings(base=options.base, dtype="float32", device=str(options.device))
-    sequences = read_context_qa(options, open_tokenizer(options), "train", 10**6)
-    sequences = sorted(sequences, key=len)[-options.scale(NUM_CONTEXTS, 4) :]
-    training = TrainingSettings(
-        batch_size=4, max_steps=max(1, len(sequences) // 4), activation_checkpointing=checkpointing,
-        tokens_per_microbatch=max(map(len, sequences)),
-    )  # fmt: skip
-    footprint = measure_footprint(measure_base(settings, training), METHODS[method].settings(), training)
-    planned = footprint.train_peak(1, training.tokens_per_microbatch)
-    trim()
-    before = psutil.Process().memory_info().rss
-    with Cost(options.device) as cost:
-        model = attach_adapter(load_model(settings), METHODS[method].settings())
-        layout, _ = verify_layout(model)
-        set_checkpointing(model, checkpointing)
-        result = train(model, sequences, layout, training, accelerator=make_accelerator(options))
-    grown = cost.peak_bytes - (before if options.device.type == "cpu" else 0)
-    return (
-        method, "yes" if checkpointing else "no", f"{training.tokens_per_microbatch:,}", f"{result.state.step}",
-        f"{result.last_loss:.3f}", f"{planned / 1e6:.0f}", f"{grown / 1e6:.0f}", f"{grown / planned:.2f}",
-    )  # fmt: skip
+def tabulate_contexts(options: Options) -> Table:
+    """Train on the longest contexts, each time in a process of its own. Raises Absent without the data."""
+    header = ("method", "checkpointing", "longest, tokens", "steps", "loss", "planned, MB", "growth, MB", "of plan")
+    table = Table("Training the shipped model on the longest KorQuAD contexts", header, [])
+    for method in ("ia3", "lora"):
+        for checkpointing in (False, True):
+            growth = train_alone(options, method, checkpointing)
+            row = (
+                method, "yes" if checkpointing else "no", f"{growth.longest:,}", f"{growth.num_steps}",
+                f"{growth.loss:.3f}", f"{growth.planned / 1e6:.0f}", f"{growth.grown / 1e6:.0f}",
+                f"{growth.grown / growth.planned:.2f}",
+            )  # fmt: skip
+            table.rows.append(row)
+            print(" | ".join(row), flush=True)
+    return table
 
 
 def run(options: Options, rates: dict[str, float]) -> Findings:
@@ -236,14 +213,8 @@ def run(options: Options, rates: dict[str, float]) -> Findings:
     findings.results.append(
         Result("memory", f"{sized.size} models", "both", "all", "measured", verdict, held, "one step each, see below")
     )
-    header = ("method", "checkpointing", "longest, tokens", "steps", "loss", "planned, MB", "growth, MB", "of plan")
-    contexts = Table("Training the shipped model on the longest KorQuAD contexts", header, [])
     try:
-        for method in ("ia3", "lora"):
-            for checkpointing in (False, True):
-                contexts.rows.append(train_contexts(options, method, checkpointing))
-                print(" | ".join(contexts.rows[-1]), flush=True)
-        findings.tables.append(contexts)
+        findings.tables.append(tabulate_contexts(options))
     except Absent as reason:
         findings.skipped.append(f"long contexts: {reason}")
     return findings

@@ -80,6 +80,7 @@ def format_findings(title: str, findings: Findings) -> list[str]:
         lines.append("")
     for table in findings.tables:
         lines += [f"### {table.title}", "", *format_table(table.header, table.rows)]
+        lines += [f"![{table.title}]({table.picture})", ""] if table.picture else []
     lines += [f"Skipped: {reason}.\n" for reason in findings.skipped]
     return lines
 

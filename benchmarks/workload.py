@@ -49,11 +49,12 @@ class Options:
     families: tuple[str, ...] = FAMILIES
     precisions: tuple[str, ...] = ("float32", "bfloat16")
     seed: int = 0
+    asked_rounds: int | None = None
 
     @property
     def rounds(self) -> int:
         """How often each side runs; the median counts."""
-        return 2 if self.quick else 3
+        return self.asked_rounds or (2 if self.quick else 3)
 
     def scale(self, number: int, least: int) -> int:
         """Return this run's share of `number`."""
