@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
+from koat.report.groups import list_group_rows, list_headings, title_group
 from koat.report.sentences import say_comparison, say_conditions, say_refusal, say_smallest
 from koat.report.tables import format_score, make_table, print_table
 from koat.report.words import Language, say
@@ -29,6 +30,9 @@ def print_comparison(found: Mapping[str, Any], language: Language = "en") -> Non
         for line in list_sentences(found, column, language):
             console.print(f"- {line}")
         console.print()
+    for table in found["groups"]:
+        headings, rows = list_headings(table, language), list_group_rows(table, language)
+        print_table(make_table(title_group(table, language), headings, rows, numeric=2))
     for refusal in found["refusals"]:
         console.print(f"! {say_refusal(refusal, language)}")
     for note in list_notes(found, language):
@@ -99,10 +103,11 @@ def list_notes(found: Mapping[str, Any], language: Language = "en") -> list[str]
 def to_markdown(found: Mapping[str, Any], language: Language = "en") -> str:
     """Return a comparison as Markdown."""
     lines: list[str] = []
+    for table in found["groups"]:
+        headings, rows = list_headings(table, language), list_group_rows(table, language)
+        lines += [f"## {title_group(table, language)}", "", *_tabulate(headings, rows), ""]
     for column in found["columns"]:
-        names, rows = list_rows(column, language)
-        lines += [f"## {title_column(column, language)}", "", _join(names), _join(["---"] * len(names))]
-        lines += [_join([cell.replace("|", r"\|") for cell in row]) for row in rows]
+        lines += [f"## {title_column(column, language)}", "", *_tabulate(*list_rows(column, language))]
         lines += ["", *(f"- {line}" for line in list_sentences(found, column, language)), ""]
     if found["refusals"]:
         lines += [f"## {say('refusals', language)}", ""]
@@ -110,6 +115,14 @@ def to_markdown(found: Mapping[str, Any], language: Language = "en") -> str:
     notes = list_notes(found, language)
     lines += [f"## {say('notes', language)}", "", *(f"- {note}" for note in notes)] if notes else []
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _tabulate(names: list[str], rows: list[list[str]]) -> Iterator[str]:
+    """Yield the lines of a Markdown table."""
+    yield _join(names)
+    yield _join(["---"] * len(names))
+    for row in rows:
+        yield _join([cell.replace("|", r"\|") for cell in row])
 
 
 def _join(cells: list[str]) -> str:

@@ -20,6 +20,7 @@ from koat.report.figures import (
     draw_training,
     find_costs,
 )
+from koat.report.groups import list_group_rows, title_group
 from koat.report.scales import format_number
 from koat.report.sentences import say_refusal
 from koat.report.words import LANGUAGES, Language, has_words, say_both
@@ -31,8 +32,8 @@ LONGEST = 700
 """Characters of an item's field that are shown."""
 SCORE_COLUMNS = ("subject", "score", "num_items", "seeds", "over_seeds", "over_items")
 SECTIONS = (
-    "answer", "asked", "scores", "differences", "cost", "training", "items", "calibration", "settings", "conditions",
-    "reproduce", "notes",
+    "answer", "groups", "asked", "scores", "differences", "cost", "training", "items", "calibration", "settings",
+    "conditions", "reproduce", "notes",
 )  # fmt: skip
 
 
@@ -78,7 +79,7 @@ def describe_page(facts: Mapping[str, Any], styles: Styles) -> dict[str, Any]:
     runs = [{"subject": name, **run} for name, held in facts["runs"].items() for run in held]
     conditions = list_conditions(found)
     present = {
-        "answer": True, "asked": True, "scores": True, "reproduce": True,
+        "answer": True, "groups": bool(found["groups"]), "asked": True, "scores": True, "reproduce": True,
         "differences": bool(found["comparisons"]), "cost": any(column["costs"] for column in columns),
         "training": bool(training), "items": any(column["items"] for column in columns),
         "calibration": any(column["calibration"] for column in columns),
@@ -87,6 +88,7 @@ def describe_page(facts: Mapping[str, Any], styles: Styles) -> dict[str, Any]:
     return {
         "title": facts["title"], "names": list(styles), "keys": Markup(draw_keys(len(styles))),
         "subjects": found["subjects"], "columns": columns,
+        "groups": [describe_group(table) for table in found["groups"]],
         "summary": say_summary(found), "refusals": [say_each(say_refusal, entry) for entry in found["refusals"]],
         "answers": columns[:MOST_ANSWERS], "training": Markup(training), "is_log_loss": is_log_loss, "runs": runs,
         "settings": facts["settings"], "conditions": conditions, "commands": facts["commands"],
@@ -95,6 +97,16 @@ def describe_page(facts: Mapping[str, Any], styles: Styles) -> dict[str, Any]:
             *(list_notes(found, language) for language in LANGUAGES), strict=True)],
         "sections": [name for name in SECTIONS if present[name]],
     }  # fmt: skip
+
+
+def describe_group(table: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the page shows of a group's table: each cell in every language."""
+    versions = [list_group_rows(table, language) for language in LANGUAGES]
+    rows = [
+        [dict(zip(LANGUAGES, cell, strict=True)) for cell in zip(*row, strict=True)]
+        for row in zip(*versions, strict=True)
+    ]
+    return {"title": say_each(title_group, table), "names": table["subjects"], "rows": rows}
 
 
 def say_summary(found: Mapping[str, Any]) -> dict[Language, str]:

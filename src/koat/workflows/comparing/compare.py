@@ -23,6 +23,7 @@ from koat.evaluation.significance import (
     correct_holm,
 )
 from koat.evaluation.spread import measure_spread
+from koat.workflows.comparing.groups import set_groups_side_by_side
 from koat.workflows.comparing.scored import Scored, Source, Subject, collect_sources, group_subjects
 
 
@@ -85,6 +86,7 @@ def compare_subjects(subjects: Sequence[Subject]) -> dict[str, Any]:
     return {
         "subjects": [describe_subject(subject) for subject in subjects],
         "columns": [describe_column(column) for column in columns],
+        "groups": set_groups_side_by_side(subjects),
         "comparisons": comparisons,
         "refusals": list(find_refusals(subjects)),
         "correction": {"method": "Holm", "num_comparisons": len(pairs), "alpha": ALPHA},

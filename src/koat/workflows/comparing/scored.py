@@ -55,7 +55,8 @@ class Scored:
 class Source:
     """A subject and its scores; `settings` (without the seed) and `seed` are a run's.
 
-    `asked` has for each evaluation the `target` and the options that `koat eval` was given.
+    `asked` has for each evaluation the `target` and the options that `koat eval` was given, `groups` what it made of
+    groups of tasks, with the `contracts` of all that was asked.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Source:
     settings: Mapping[str, Any] | None = None
     seed: int | None = None
     asked: list[Mapping[str, Any]] = field(default_factory=list)
+    groups: list[Mapping[str, Any]] = field(default_factory=list)
 
 
 def collect_sources(targets: Sequence[str], names: Mapping[str, str] | None = None) -> list[Source]:
@@ -104,7 +106,7 @@ def _read_run(path: Path) -> Source:
     training = dict(settings.get("training") or {})
     seed = training.pop("seed", None)
     own = {**settings, "training": training}
-    return Source(path.resolve().name, str(path), found.scores, found.notes, own, seed, found.asked)
+    return Source(path.resolve().name, str(path), found.scores, found.notes, own, seed, found.asked, found.groups)
 
 
 def _read_folder(path: Path) -> Source:
@@ -125,6 +127,7 @@ def _read_reports(paths: Sequence[Path], target: str) -> Source:
     kept = _index_predictions(paths[0].parent)
     scores: dict[tuple[str, str, str], Scored] = {}
     notes, name, asked = [], "", []
+    groups: list[Mapping[str, Any]] = []
     for path in paths:
         report = read_report(path)
         name, before = name or str(report["subject"]), len(scores)
@@ -140,11 +143,19 @@ def _read_reports(paths: Sequence[Path], target: str) -> Source:
                     notes.append(f"{name}: {key[0]}, {scoring}, was left out: {problem}")
                 else:
                     scores[key] = made
-        if len(scores) > before and "asked" in report:
-            asked.append(report["asked"])
+        if len(scores) > before:
+            asked += [report["asked"]] if "asked" in report else []
+            groups += [{**group, "contracts": list_contracts(report)} for group in report.get("groups", [])]
     if not scores:
         raise RunFolderError(f"{target} holds no score that can be compared. {' '.join(notes)}")
-    return Source(name, target, sorted(scores.values(), key=lambda score: score.task), notes, asked=asked)
+    ordered = sorted(scores.values(), key=lambda score: score.task)
+    return Source(name, target, ordered, notes, asked=asked, groups=groups)
+
+
+def list_contracts(report: Mapping[str, Any]) -> list[str]:
+    """Return the hashes of all contracts of a file of scores, in order."""
+    parts = [contract["parts"] for result in report["results"] for contract in result["contracts"].values()]
+    return sorted(Parts(each).hash for each in parts)
 
 
 def read_report(path: Path) -> dict[str, Any]:
