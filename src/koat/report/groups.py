@@ -13,9 +13,8 @@ HEADINGS = ("task", "metric", "shots", "num_items")
 
 def title_group(table: Mapping[str, Any], language: Language = "en") -> str:
     """Return what a table shows: the group, and whose metrics."""
-    name = str(table["group"])
-    whose = say("metrics_of", language, view=table["view"])
-    return f"{name}, {whose}" if table["view"] else name
+    parts = [table["group"], *([say("metrics_of", language, view=table["view"])] if table["view"] else [])]
+    return ", ".join(parts)
 
 
 def list_headings(table: Mapping[str, Any], language: Language = "en") -> list[str]:
