@@ -28,6 +28,7 @@ from koat.adapters.full import FullModel, read_weights, restore_whole, train_who
 from koat.adapters.ia3 import count_held, holds_queries, refine_ia3_layers, reset_held
 from koat.adapters.lora import refine_lora_layers
 from koat.adapters.methods import find_method
+from koat.adapters.norms import refine_norms
 from koat.adapters.reach import extend_reach, find_places, list_kinds, list_places
 from koat.adapters.soft_prompts import finished, is_soft, read_soft_state, write_soft_state
 from koat.adapters.targets import check_targets, list_linears
@@ -67,11 +68,12 @@ def attach_adapter(model: nn.Module, settings: Section, seed: int = 0) -> Attach
 
 
 def refine_layers(wrapped: nn.Module, holds: bool) -> None:
-    """Give the layers that PEFT put in koat's forward passes."""
+    """Give the layers that PEFT put in, and the frozen ones around them, koat's forward passes."""
     base = wrapped.get_base_model()  # type: ignore[operator]
     refine_ia3_layers(base, holds)
     refine_feed_forwards(base)
     refine_lora_layers(base)
+    refine_norms(base)
 
 
 def count_trainable(model: nn.Module) -> int:

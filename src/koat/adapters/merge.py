@@ -14,6 +14,7 @@ from koat.adapters.attach import Attached
 from koat.adapters.files import WHOLE
 from koat.adapters.ia3 import reset_held
 from koat.adapters.methods import find_method
+from koat.adapters.norms import release_norms
 from koat.adapters.reach import fold_places
 from koat.core.errors import AdapterError
 from koat.quantise.weights import list_quantised
@@ -52,6 +53,7 @@ def merge_adapter(model: Attached) -> Any:
     reset_held(model)
     fold_places(model)
     merged: nn.Module = model.merge_and_unload()
+    release_norms(merged)
     return merged.requires_grad_(False).eval()
 
 

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from koat.adapters.architectures import UnknownFamilyError, find_architecture
 from koat.adapters.ia3 import resolve_ia3_targets
 from koat.adapters.lean import rescale, rescale_activated
-from koat.adapters.refine import mix_in
+from koat.adapters.refine import mix_in, take_out
 from koat.adapters.settings import Ia3Settings
 from koat.adapters.targets import covers
 from koat.core.errors import AdapterError
@@ -238,4 +238,4 @@ def fold_places(model: nn.Module) -> None:
         if isinstance(module, (NormPlace, ExpertsPlace)) and isinstance(vector, Rescaling):
             module.fold(vector.ia3_l[ADAPTER].detach())
             del module._modules[CHILD]
-            module.__class__ = type(module).__mro__[2]
+            take_out(module)

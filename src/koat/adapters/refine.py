@@ -1,4 +1,4 @@
-"""Give PEFT's layers koat's forward pass by changing their class in place: parameters, names and files stay PEFT's."""
+"""Give layers koat's forward pass by changing their class in place: parameters, names and files stay as they are."""
 
 from __future__ import annotations
 
@@ -21,6 +21,12 @@ def mix_in(module: nn.Module, mixin: type[nn.Module]) -> None:
     """Put `mixin` before a module's own class."""
     layer: Any = module
     layer.__class__ = _derive_class(mixin, type(module))  # type: ignore[arg-type]  # classes hash; modules it asks
+
+
+def take_out(module: nn.Module) -> None:
+    """Give a module back the class it had before `mix_in`."""
+    layer: Any = module
+    layer.__class__ = type(module).__bases__[1]
 
 
 @functools.cache

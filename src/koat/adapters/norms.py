@@ -1,0 +1,121 @@
+"""RMS norms of a frozen model: the model's own values, and a backward pass that keeps the input as it came.
+
+transformers computes them in float32, so autograd keeps a float32 copy of every input, and its backward pass of a
+mean over the last dimension makes tensors whose rows are columns, which every product after it pays for on a CPU.
+With the gain frozen the gradient is one formula. Zhang and Sennrich 2019, "Root Mean Square Layer Normalization".
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from koat.adapters.refine import mix_in, take_out
+
+PROBE = 16
+"""Numbers in a row on which a norm is tried."""
+PIECE = 1 << 19
+"""Numbers that a CPU works on at a time, so that their float32 copies stay small; fewer cost more in calls."""
+
+
+class NormRows(torch.autograd.Function):
+    """`x / rms(x) * gain`, computed as the norm itself does; keeps `x`, in its own type."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, offset: float, epsilon: float, compute: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """`x` is `[..., d]`, the gain `weight + offset` `[d]`."""
+        ctx.save_for_backward(x, weight)
+        ctx.offset, ctx.epsilon = offset, epsilon
+        return compute(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradient of `x`."""
+        x, weight = ctx.saved_tensors
+        wide = torch.promote_types(x.dtype, torch.float32)
+        gain = weight.to(wide) + ctx.offset
+        result = torch.empty_like(x, memory_format=torch.contiguous_format)
+        pieces = (tensor.reshape(-1, len(gain)).split(count_rows(x)) for tensor in (x, gradients[0], result))
+        for rows, upstream, out in zip(*pieces, strict=True):
+            out.copy_(pull_back(rows.to(wide), upstream.to(wide) * gain, ctx.epsilon))
+        return result, None, None, None, None
+
+
+def count_rows(x: Tensor) -> int:
+    """Return how many rows of `x` `[..., d]` are worked on at a time: all, unless on a CPU with its caches."""
+    width = x.shape[-1]
+    return max(1, PIECE // width if x.device.type == "cpu" else x.numel() // width)
+
+
+def pull_back(rows: Tensor, upstream: Tensor, epsilon: float) -> Tensor:
+    """Return the gradient of `x` `[n, d]` given `u`, that of `x / rms`: `(u - x (u . x) / (d rms^2)) / rms`.
+
+    Writes it over `u`.
+    """
+    width = rows.shape[-1]
+    inverse = (torch.linalg.vector_norm(rows, dim=-1, keepdim=True).square_() / width + epsilon).rsqrt_()
+    along = (upstream * rows).sum(-1, keepdim=True)
+    return upstream.mul_(inverse).addcmul_(rows, along * inverse.pow(3), value=-1 / width)
+
+
+class LeanNorm(nn.Module):
+    """Mixed into the class of an RMS norm whose gain is `weight + offset`."""
+
+    offset: float
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Norm `x` `[..., d]`; where no backward pass follows or the gain is trained, as the model's own class does."""
+        norm: Any = self
+        plain = super().forward
+        if not (torch.is_grad_enabled() and x.requires_grad) or norm.weight.requires_grad:
+            ordinary: Tensor = plain(x)
+            return ordinary
+        normed: Tensor = NormRows.apply(x, norm.weight, self.offset, read_epsilon(norm), plain)  # type: ignore[no-untyped-call]
+        return normed
+
+
+def refine_norms(model: nn.Module) -> None:
+    """Give the RMS norms of a frozen model the lean backward pass; a norm that is not exactly one stays as it is."""
+    for module in model.modules():
+        if isinstance(module, LeanNorm) or not type(module).__name__.endswith("RMSNorm"):
+            continue
+        offset = find_offset(module)
+        if offset is not None:
+            mix_in(module, LeanNorm)
+            module.offset = offset  # type: ignore[assignment]  # modules take more than parameters
+
+
+def release_norms(model: nn.Module) -> None:
+    """Give the norms their own class back."""
+    for module in model.modules():
+        if isinstance(module, LeanNorm):
+            take_out(module)
+            del module.offset
+
+
+def find_offset(norm: nn.Module) -> float | None:
+    """Return what a norm adds to its weight to get its gain, found by trying it; None where it is no plain RMS norm."""
+    parameters = dict(norm.named_parameters())
+    epsilon = read_epsilon(norm)
+    if set(parameters) != {"weight"} or any(norm.children()) or epsilon is None:
+        return None
+    if len(inspect.signature(norm.forward).parameters) != 1 or parameters["weight"].dim() != 1:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(3, PROBE, generator=generator), torch.randn(PROBE, generator=generator)
+    with torch.no_grad():
+        found = torch.func.functional_call(norm, {"weight": weight}, (x,))
+    normed = x * (x.square().mean(-1, keepdim=True) + epsilon).rsqrt()
+    return next((each for each in (0.0, 1.0) if torch.allclose(found, normed * (weight + each), atol=1e-5)), None)
+
+
+def read_epsilon(norm: nn.Module) -> float | None:
+    """Return what a norm adds to the mean square, under the names that transformers has for it."""
+    value = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+    return value if isinstance(value, float) else None
