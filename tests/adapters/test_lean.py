@@ -14,7 +14,6 @@ from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from benchmarks.kept import measure_layer
-from koat.adapters import lean
 from koat.adapters.activations import find_kernels, rebuild
 from koat.adapters.attach import attach_adapter
 from koat.adapters.feed_forward import LeanFeedForward
@@ -53,12 +52,10 @@ def assert_near(found, expected, tolerance) -> None:
 # ------------------------------------------------------------------------------------------------ the functions
 
 
-@pytest.fixture(params=[(8, 1 << 19), (70, 1200), (150, 1)], ids=["one piece", "a rest", "many pieces"])
-def rows(request, monkeypatch) -> int:
-    """Return a number of rows that is worked on in one piece, in pieces with a rest, or row by row."""
-    number, piece = request.param
-    monkeypatch.setattr(lean, "PIECE", piece)
-    return number
+@pytest.fixture(params=[8, 150])
+def rows(request) -> int:
+    """Return a number of rows."""
+    return request.param
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -140,12 +137,13 @@ def test_usual_activations_use_their_own_kernels_and_only_where_they_compute_the
     kernels = find_kernels(ACT2FN[name])
     assert (kernels is None) == (name in ("gelu_new", "relu2"))
     gate, upstream = draw(9, WIDTH), draw(9, WIDTH, seed=1)
-    value, pull_back = rebuild(ACT2FN[name], gate)
     found = torch.empty_like(gate)
+    pull_back = rebuild(ACT2FN[name], gate, found)
+    value = found.clone()
     pull_back(upstream, found)
     expected, (exact,) = differentiate(ACT2FN[name], [gate], upstream)
     assert torch.equal(value, expected) and torch.equal(found, exact)
-    assert not value.requires_grad
+    assert not found.requires_grad
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -306,9 +304,10 @@ def test_next_to_nothing_is_kept_beyond_the_frozen_model(make_model, name, dtype
     assert theirs > 1.2 * floor
     assert ours - floor <= (theirs - floor) / 3
     if family == "llama":
-        # The keys more and the gate's activation less for each token, and two vectors for all of them.
-        keys = 16 * shape["num_key_value_heads"]
-        assert ours - floor == (keys - 344) * dtype.itemsize + 2 * keys * 4 / LENGTH
+        # For each token the keys more, the gate's activation less, and two norms' float32 inputs and scales less; three
+        # vectors for all tokens.
+        keys, norms = 16 * shape["num_key_value_heads"], 2 * (shape["hidden_size"] * (4 - dtype.itemsize) + 4)
+        assert ours - floor == (keys - 344) * dtype.itemsize - norms + (2 * keys + 344) * 4 / LENGTH
 
 
 KEYS = ("task_type", "target_modules", "feedforward_modules")

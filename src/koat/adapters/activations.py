@@ -22,19 +22,19 @@ class Kernels(NamedTuple):
     """An activation function and its gradient, as PyTorch's own kernels."""
 
     forward: Callable[..., Tensor]
-    """Of the argument."""
+    """Of the argument, into `out`."""
     backward: Callable[..., Tensor]
     """Of the gradient and the argument, into `grad_input`."""
 
 
 KNOWN = (
-    Kernels(_ATEN.silu.default, _ATEN.silu_backward.grad_input),
-    Kernels(_ATEN.gelu.default, _ATEN.gelu_backward.grad_input),
+    Kernels(_ATEN.silu.out, _ATEN.silu_backward.grad_input),
+    Kernels(_ATEN.gelu.out, _ATEN.gelu_backward.grad_input),
     Kernels(
-        functools.partial(_ATEN.gelu.default, approximate="tanh"),
+        functools.partial(_ATEN.gelu.out, approximate="tanh"),
         functools.partial(_ATEN.gelu_backward.grad_input, approximate="tanh"),
     ),
-    Kernels(_ATEN.relu.default, functools.partial(_ATEN.threshold_backward.grad_input, threshold=0)),
+    Kernels(_ATEN.relu.out, functools.partial(_ATEN.threshold_backward.grad_input, threshold=0)),
 )
 
 
@@ -49,25 +49,37 @@ def find_kernels(activate: Callable[[Tensor], Tensor]) -> Kernels | None:
     probe = torch.linspace(-12, 12, 385, device="cpu")
     with torch.no_grad():
         expected = activate(probe)
-        return next((kernels for kernels in KNOWN if torch.equal(kernels.forward(probe), expected)), None)
+        found = torch.empty_like(probe)
+        return next((each for each in KNOWN if torch.equal(each.forward(probe, out=found), expected)), None)
 
 
-def rebuild(activate: Callable[[Tensor], Tensor], gate: Tensor) -> tuple[Tensor, PullBack]:
-    """Return `activate(gate)` `[n, d]`, without a graph, and what takes its gradient back to `gate`."""
+def activate_into(activate: Callable[[Tensor], Tensor], gate: Tensor, out: Tensor) -> None:
+    """Write `activate(gate)` `[n, d]` into `out`, without a graph."""
+    kernels = find_kernels(activate)
+    if kernels is not None:
+        kernels.forward(gate, out=out)
+    else:
+        out.copy_(activate(gate))
+
+
+def rebuild(activate: Callable[[Tensor], Tensor], gate: Tensor, out: Tensor) -> PullBack:
+    """Write `activate(gate)` `[n, d]` into `out`, without a graph; return what takes its gradient back to `gate`."""
     kernels = find_kernels(activate)
     if kernels is not None:
         backward = kernels.backward
 
-        def run_kernel(gradient: Tensor, out: Tensor) -> None:
-            backward(gradient, gate, grad_input=out)
+        def run_kernel(gradient: Tensor, into: Tensor) -> None:
+            backward(gradient, gate, grad_input=into)
 
-        return kernels.forward(gate), run_kernel
+        activate_into(activate, gate, out)
+        return run_kernel
     with torch.enable_grad():
         source = gate.detach().requires_grad_()
         result = activate(source)
 
-    def differentiate(gradient: Tensor, out: Tensor) -> None:
+    def differentiate(gradient: Tensor, into: Tensor) -> None:
         (found,) = torch.autograd.grad(result, source, gradient)
-        out.copy_(found)
+        into.copy_(found)
 
-    return result.detach(), differentiate
+    out.copy_(result.detach())
+    return differentiate

@@ -41,20 +41,21 @@ class Ia3Linear(nn.Module, IA3Layer):
         if self.is_feedforward:
             x = rescale(x, vector)
         result: Tensor = self.base_layer(x, *args, **kwargs)
-        return result if self.is_feedforward else rescale_output(result, vector)
+        return result if self.is_feedforward else rescale_output(result, vector, self.held)
 
     def combine_vectors(self) -> Tensor | None:
-        """Return the product `[d]` of the active adapters' vectors; None where there is nothing to multiply by.
+        """Return the product of the active adapters' vectors, `[d, 1]` or `[1, d]` as PEFT stores them.
 
-        Held entries are one and get no gradient.
+        None where there is nothing to multiply by. Held entries are in it as they are stored.
         """
         if self.disable_adapters or self.merged:
             return None
-        vectors = [self.ia3_l[name].flatten() for name in self.active_adapters if name in self.ia3_l]
+        stored = self.ia3_l
+        vectors = [stored[name] for name in self.active_adapters if name in stored]
         if not vectors:
             return None
         vector: Tensor = functools.reduce(torch.mul, vectors)
-        return vector if self.held is None else vector.masked_fill(self.held, 1.0)
+        return vector
 
     @torch.no_grad()
     def reset_held(self) -> None:

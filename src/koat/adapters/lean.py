@@ -1,33 +1,31 @@
 """Multiplying activations by vectors, keeping as little as possible for the backward pass.
 
-A vector `[d]` and its gradient are float32, activations `[..., d]` stay in their own type. The backward pass of
-`s * h` needs `h`. Three ways to have it then, from plain to lean:
+A vector of `d` numbers, of any shape, and its gradient are float32, activations `[..., d]` stay in their own type.
+The backward pass of `s * h` needs `h`. Three ways to have it then, from plain to lean:
 
 - `rescale` keeps its input;
 - `rescale_output` keeps its output and divides by the vector. Attention keeps its values anyway, an activation
   function its argument: an output that one of them takes costs nothing to keep;
-- `rescale_activated` keeps what the activation function took, which the frozen model keeps too, and computes
-  `act(gate) * up` again. The frozen model also keeps `act(gate)`; this does not.
+- `rescale_activated` keeps what the activation function took, and `up` rescaled in place of `up`, as the frozen
+  model does, and computes `act(gate)`, which the frozen model keeps too, again.
 
-A CPU works on pieces of some rows that stay in its cache, so what is computed on the way takes no memory either.
+What is computed on the way is written where a result will stand: fresh memory costs more than a pass over it.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from koat.adapters.activations import rebuild
+from koat.adapters.activations import activate_into, rebuild
 
-TINY = 2.0**-40
-"""Stands in for smaller entries where a product must be divided by its vector again. Beside the other channels'
-it is nothing, and products keep their digits: bfloat16 has float32's range."""
-PIECE = 1 << 19
-"""Numbers in a piece: measured, the few such tensors in use fit into a CPU's caches."""
+TINY = 2.0**-60
+"""Added to a vector where a product must be divided by it again: a zero becomes this, an entry above 2^-35 stays the
+same float32. Beside the other channels' it is nothing, and products keep their digits: bfloat16 has float32's range."""
 
 
 def multiply(activation: Tensor, vector: Tensor, out: Tensor | None = None) -> Tensor:
@@ -37,7 +35,7 @@ def multiply(activation: Tensor, vector: Tensor, out: Tensor | None = None) -> T
     kernel that takes a short activation and a float32 vector is that of batch normalisation; with mean 0 and
     variance 1 it is this product, bit for bit, at a third of `torch.mul`'s time.
     """
-    out = torch.empty_like(activation, memory_format=torch.contiguous_format) if out is None else out
+    out = make_room(activation) if out is None else out
     if not is_normalised_fast(activation):
         return torch.mul(activation, vector, out=out)
     width = len(vector)
@@ -77,12 +75,24 @@ def multiply_back(gradient: Tensor, activation: Tensor, vector: Tensor) -> tuple
     return for_activation, for_vector
 
 
-def cut_rows(rows: Tensor) -> Iterator[slice]:
-    """Yield the pieces in which rows `[n, d]` are worked on: all at once unless on a CPU."""
-    count, width = rows.shape
-    step = max(1, PIECE // width) if rows.device.type == "cpu" else max(1, count)
-    for start in range(0, max(1, count), step):
-        yield slice(start, start + step)
+def to_rows(activation: Tensor) -> Tensor:
+    """Return an activation `[..., d]` as rows `[n, d]`."""
+    return activation.flatten(0, -2)
+
+
+def make_room(activation: Tensor) -> Tensor:
+    """Return memory for numbers of an activation's shape and type, row after row."""
+    return torch.empty_like(activation, memory_format=torch.contiguous_format)
+
+
+def make_divisible(vector: Tensor) -> Tensor:
+    """Return a vector's numbers `[d]`, none of them zero."""
+    return vector.flatten() + TINY
+
+
+def is_divisible(activation: Tensor) -> bool:
+    """Whether products with a vector may be kept in an activation's place: float16 has no room for tiny ones."""
+    return activation.dtype != torch.float16
 
 
 class Rescale(torch.autograd.Function):
@@ -90,29 +100,32 @@ class Rescale(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, activation: Tensor, vector: Tensor) -> Tensor:
-        """`activation` is `[..., d]`, `vector` `[d]`."""
+        """`activation` is `[..., d]`, `vector` has `d` numbers."""
         ctx.save_for_backward(activation if vector.requires_grad else None, vector)
-        return multiply(activation, vector)
+        return multiply(activation, vector.flatten())
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of the activation and of the vector."""
         activation, vector = ctx.saved_tensors
         if activation is None:
-            return multiply(gradients[0].contiguous(), vector), None
-        rows = (gradients[0].contiguous().flatten(0, -2), activation.flatten(0, -2))
-        for_activation, for_vector = multiply_back(*rows, vector)
-        return for_activation.view(activation.shape), for_vector.to(vector.dtype)
+            return multiply(gradients[0].contiguous(), vector.flatten()), None
+        rows = to_rows(gradients[0].contiguous())
+        for_activation, for_vector = multiply_back(rows, to_rows(activation), vector.flatten())
+        return for_activation.view(activation.shape), for_vector.to(vector.dtype).view(vector.shape)
 
 
 class RescaleOutput(torch.autograd.Function):
     """`activation * vector`; keeps the product and gets the activation back by division."""
 
     @staticmethod
-    def forward(ctx: Any, activation: Tensor, vector: Tensor) -> Tensor:
-        """`activation` is `[..., d]`, `vector` `[d]`."""
-        divisor = torch.where(vector.abs() < TINY, TINY, vector)
+    def forward(ctx: Any, activation: Tensor, vector: Tensor, held: Tensor | None) -> Tensor:
+        """`activation` is `[..., d]`, `vector` has `d` numbers; those that `held` `[d]` marks count as one."""
+        divisor = make_divisible(vector)
+        if held is not None:
+            divisor.masked_fill_(held, 1.0)
         product = multiply(activation, divisor)
+        ctx.shape, ctx.held = vector.shape, held
         ctx.save_for_backward(product if vector.requires_grad else None, divisor)
         return product
 
@@ -120,47 +133,72 @@ class RescaleOutput(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of the activation and of the vector."""
         product, divisor = ctx.saved_tensors
+        gradient = gradients[0].contiguous()
         if product is None:
-            return multiply(gradients[0].contiguous(), divisor), None
-        rows = (gradients[0].contiguous().flatten(0, -2), product.flatten(0, -2))
-        for_activation, for_vector = multiply_back(*rows, divisor)
-        return for_activation.view(product.shape), (for_vector / divisor).to(divisor.dtype)
+            return multiply(gradient, divisor), None, None
+        for_activation, for_vector = multiply_back(to_rows(gradient), to_rows(product), divisor)
+        for_vector = for_vector.div_(divisor).to(divisor.dtype)
+        if ctx.held is not None:
+            for_vector.masked_fill_(ctx.held, 0.0)
+        return for_activation.view(product.shape), for_vector.view(ctx.shape), None
 
 
 class RescaleActivated(torch.autograd.Function):
-    """`activate(gate) * up * vector`, or without `up`; keeps `gate` and `up` and computes the rest again."""
+    """`activate(gate) * vector`; keeps `gate` and computes the rest again."""
 
     @staticmethod
-    def forward(
-        ctx: Any, gate: Tensor, up: Tensor | None, vector: Tensor, activate: Callable[[Tensor], Tensor]
-    ) -> Tensor:
-        """`gate` and `up` are rows `[n, d]`, `vector` is `[d]`."""
-        ctx.save_for_backward(gate, up, vector)
+    def forward(ctx: Any, gate: Tensor, vector: Tensor, activate: Callable[[Tensor], Tensor]) -> Tensor:
+        """`gate` is `[..., d]`, `vector` has `d` numbers."""
+        ctx.save_for_backward(gate, vector)
         ctx.activate = activate
-        scaled = torch.empty_like(gate)
-        for piece in cut_rows(gate):
-            inner = activate(gate[piece])
-            multiply(inner if up is None else inner * up[piece], vector, out=scaled[piece])
-        return scaled
+        scaled = make_room(gate)
+        activate_into(activate, gate, scaled)
+        return multiply(scaled, vector.flatten(), out=scaled)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of the gate and of the vector."""
+        gate, vector = ctx.saved_tensors
+        for_gate = make_room(gate)
+        pull_back = rebuild(ctx.activate, gate, for_gate)
+        rows = to_rows(gradients[0].contiguous())
+        for_activated, for_vector = multiply_back(rows, to_rows(for_gate), vector.flatten())
+        pull_back(for_activated.view(gate.shape), for_gate)
+        return for_gate, for_vector.to(vector.dtype).view(vector.shape), None
+
+
+class RescaleGated(torch.autograd.Function):
+    """`activate(gate) * (up * vector)`; keeps `gate` and `up * vector`, and gets the rest back from them.
+
+    The vector stands at `up`, where its gradient comes with that of `up`: one pass less than at the product.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, vector: Tensor, activate: Callable[[Tensor], Tensor]) -> Tensor:
+        """`gate` and `up` are `[..., d]`, `vector` has `d` numbers."""
+        divisor = make_divisible(vector)
+        scaled_up = multiply(up, divisor)
+        ctx.keeps_product = is_divisible(up)
+        ctx.save_for_backward(gate, scaled_up if ctx.keeps_product else up, divisor)
+        ctx.activate, ctx.shape = activate, vector.shape
+        product = make_room(gate)
+        activate_into(activate, gate, product)
+        return product.mul_(scaled_up)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of gate, up and the vector."""
         gradient = gradients[0].contiguous()
-        gate, up, vector = ctx.saved_tensors
-        for_gate = torch.empty_like(gate)
-        for_up = None if up is None else torch.empty_like(up)
-        for_vector = vector.new_zeros(vector.shape)
-        for piece in cut_rows(gate):
-            activated, pull_back = rebuild(ctx.activate, gate[piece])
-            inner = activated if up is None else activated * up[piece]
-            for_inner, sums = multiply_back(gradient[piece], inner, vector)
-            for_vector += sums
-            if up is not None and for_up is not None:
-                torch.mul(for_inner, activated, out=for_up[piece])
-                for_inner.mul_(up[piece])
-            pull_back(for_inner, for_gate[piece])
-        return for_gate, for_up, for_vector, None
+        gate, kept, divisor = ctx.saved_tensors
+        for_gate = make_room(gate)
+        pull_back = rebuild(ctx.activate, gate, for_gate)
+        upstream = gradient * for_gate
+        for_up, for_vector = multiply_back(to_rows(upstream), to_rows(kept), divisor)
+        torch.mul(gradient, kept if ctx.keeps_product else multiply(kept, divisor), out=upstream)
+        pull_back(upstream, for_gate)
+        if ctx.keeps_product:
+            for_vector = for_vector.div_(divisor)
+        return for_gate, for_up.view(gate.shape), for_vector.to(divisor.dtype).view(ctx.shape), None
 
 
 def rescale(activation: Tensor, vector: Tensor) -> Tensor:
@@ -169,15 +207,16 @@ def rescale(activation: Tensor, vector: Tensor) -> Tensor:
     return scaled
 
 
-def rescale_output(activation: Tensor, vector: Tensor) -> Tensor:
+def rescale_output(activation: Tensor, vector: Tensor, held: Tensor | None = None) -> Tensor:
     """Return `activation [..., d] * vector [d]`, for an activation that nobody else keeps.
 
-    Entries nearer to zero than `TINY` count as `TINY`. In float16 such products would vanish: there the
-    activation is kept instead. The result must not be changed in place.
+    Entries of the vector that `held` `[d]` marks count as one and get no gradient; the others are shifted by `TINY`.
+    In float16 the activation is kept instead. The result must not be changed in place.
     """
-    function = Rescale if activation.dtype == torch.float16 else RescaleOutput
-    scaled: Tensor = function.apply(activation, vector)  # type: ignore[no-untyped-call]
-    return scaled
+    if is_divisible(activation):
+        scaled: Tensor = RescaleOutput.apply(activation, vector, held)  # type: ignore[no-untyped-call]
+        return scaled
+    return rescale(activation, vector if held is None else vector.masked_fill(held.view_as(vector), 1.0))
 
 
 def rescale_activated(gate: Tensor, up: Tensor | None, vector: Tensor, activate: Callable[[Tensor], Tensor]) -> Tensor:
@@ -185,6 +224,9 @@ def rescale_activated(gate: Tensor, up: Tensor | None, vector: Tensor, activate:
 
     `activate` works entry by entry, and is called again in the backward pass.
     """
-    rows = [None if tensor is None else tensor.flatten(0, -2) for tensor in (gate, up)]
-    scaled: Tensor = RescaleActivated.apply(*rows, vector, activate)  # type: ignore[no-untyped-call]
-    return scaled.view(gate.shape)
+    scaled: Tensor = (
+        RescaleActivated.apply(gate, vector, activate)  # type: ignore[no-untyped-call]
+        if up is None
+        else RescaleGated.apply(gate, up, vector, activate)  # type: ignore[no-untyped-call]
+    )
+    return scaled
