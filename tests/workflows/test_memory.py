@@ -116,6 +116,19 @@ def test_a_head_works_in_chunks() -> None:
     assert bounded == 9 * found.head_rows * 2 * 32 * 4
 
 
+def test_a_trained_head_has_its_gradient_in_the_plan_and_many_logits_as_a_frozen_one() -> None:
+    """The gradient is made beside the logits and given up again before the next chunk's."""
+    training, config = TrainingSettings(), make_family_config("llama")
+    trained, frozen = (
+        measure_footprint(measure_base(CPU, training, config), adapter, training).trace_head
+        for adapter in (FullSettings(), Ia3Settings())
+    )
+    logits = 4 * config.vocab_size
+    assert trained(1).peak - frozen(1).peak == pytest.approx(logits * config.hidden_size, rel=0.1)
+    for trace in (trained, frozen):
+        assert trace(100_000).peak == pytest.approx(2 * 100_000 * logits, rel=0.1)
+
+
 def test_methods_of_the_table_are_all_here() -> None:
     assert set(PLANNED) <= set(METHODS)
 

@@ -7,8 +7,10 @@ of the model (degree 1) and the length of a row (degree 2); here it is put toget
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,8 +107,8 @@ class Footprint:
     kept: Curve
     peak: Curve
     forward: Curve
-    head: Trace
-    """Bytes for each row of the head."""
+    trace_head: Callable[[int], Trace]
+    """From a number of rows to the bytes of the head for them."""
     head_rows: int
     """Rows of the head that exist at once."""
     squares: bool
@@ -122,11 +124,12 @@ class Footprint:
         """Return the bytes kept from the layers' forward pass to their backward pass."""
         return self.kept.at(num_rows, length + self.num_root)
 
-    def count_head(self, num_rows: float, length: float, each: float | None = None) -> float:
-        """Return the bytes of the head while it works, if every token is predicted: `each` a row at a time."""
+    def count_head(self, num_rows: float, length: float, training: bool = True) -> float:
+        """Return the bytes of the head while it works, if every token is predicted."""
         tokens = num_rows * length
         states = 2 * read_width(self.base.config) * self.base.compute.itemsize * tokens
-        return min(tokens, self.head_rows) * (self.head.peak if each is None else each) + states
+        trace = self.trace_head(min(math.ceil(tokens), self.head_rows))
+        return states + (trace.peak if training else trace.forward)
 
     def count_workspace(self, num_rows: float, length: float) -> float:
         """Return what the layers' backward pass needs on top of what was kept, the recomputed layer included."""
@@ -141,7 +144,7 @@ class Footprint:
     def evaluate_peak(self, num_rows: float, length: float) -> float:
         """Return the peak while scoring: no gradients, no optimizer."""
         layers = self.forward.at(num_rows, length + self.num_root) + self.base.largest_bytes
-        head = self.count_head(num_rows, length, self.head.forward)
+        head = self.count_head(num_rows, length, training=False)
         return self.frozen_bytes + self.adapter_bytes + max(layers, head)
 
     def count_disk(self, training: TrainingSettings) -> int:
@@ -212,7 +215,7 @@ def measure_footprint(base: Base, adapter: Section, training: TrainingSettings) 
         base, frozen_bytes, adapter_bytes, adapter_bytes, optimizer_bytes,
         num_root=int(getattr(adapter, "num_virtual_tokens", 0)),
         kept=assemble("kept"), peak=assemble("peak"), forward=assemble("forward"),
-        head=trace_head(probes[0]),
+        trace_head=functools.cache(functools.partial(trace_head, probes[0])),
         head_rows=max(1, CHUNK_BYTES // (4 * int(base.config.vocab_size))),
         squares=keeps_squares(layout),
     )  # fmt: skip

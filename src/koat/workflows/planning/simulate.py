@@ -35,7 +35,6 @@ from koat.model import build_empty, pick_attention
 
 ALIBI_FAMILIES = frozenset({"bloom", "mpt"})
 """Families that compute positions from a mask of tokens and cannot share prefixes; Falcon says it by a setting."""
-HEAD_ROWS = 64
 
 
 class LiveBytes(TorchDispatchMode):
@@ -234,15 +233,14 @@ def trace_layers(model: nn.Module, layout: Layout, length: int) -> Trace:
     return trace_step(model, functools.partial(run_layers, model, layout, 1, length))
 
 
-def trace_head(model: nn.Module) -> Trace:
-    """Return the bytes for each row of the head, from hidden state to log-probability."""
+def trace_head(model: nn.Module, num_rows: int) -> Trace:
+    """Return the bytes of the head for some rows, from hidden state to log-probability."""
     causal: Any = unwrap(model)
     width, dtype = causal.get_output_embeddings().weight.shape[1], causal.dtype
 
-    def run(num_rows: int) -> Tensor:
+    def run() -> Tensor:
         states = torch.empty(num_rows, width, dtype=dtype, device="meta", requires_grad=True)
         index = torch.zeros(num_rows, dtype=torch.int64, device="meta")
         return gather_logprobs(compute_logits(causal, states), index, index)
 
-    one, two = (trace_step(model, functools.partial(run, count)) for count in (HEAD_ROWS, 2 * HEAD_ROWS))
-    return Trace(*((getattr(two, name) - getattr(one, name)) / HEAD_ROWS for name in ("kept", "peak", "forward")))
+    return trace_step(model, run)
