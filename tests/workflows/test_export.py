@@ -22,7 +22,7 @@ def test_a_run_is_merged_and_explained(program: str, command: str, finished: Pat
     assert status == 0, error
     note = (tmp_path / "served" / "README.txt").read_text(encoding="utf-8")
     assert command in note and note.rstrip() in out
-    assert "has not run" in note
+    assert ("has not run" in note) == (program == "vllm")
     merge_run(finished, tmp_path / "merged")
     wanted, found = (load_file(tmp_path / name / "model.safetensors") for name in ("merged", "served"))
     assert wanted.keys() == found.keys()
@@ -71,3 +71,20 @@ def test_what_cannot_be_exported(place: Path, finished: Path, tmp_path: Path) ->
     with pytest.raises(koat.RunFolderError, match="no merged model"):
         export_model(finished, "vllm", tmp_path / "out", overwrite=True)
     assert json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))["model_type"] == "llama"
+
+
+@pytest.mark.parametrize("program", ["llama.cpp", "vllm"])
+def test_gpt_neox_says_its_rotary_share_as_llama_cpp_reads_it(program: str, tmp_path: Path) -> None:
+    """transformers 5 keeps it in `rope_parameters`; llama.cpp's converter asks for `rotary_pct`."""
+    from transformers import AutoConfig, GPTNeoXConfig
+
+    rope = {"rope_type": "default", "rope_theta": 5e4, "partial_rotary_factor": 0.5}
+    merged = tmp_path / "merged"
+    GPTNeoXConfig(rope_parameters=rope).save_pretrained(merged)
+    (merged / "merge.json").write_text('{"dtype": "float32"}', encoding="utf-8")
+    folder = export_model(merged, program, tmp_path / "served")
+    written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    assert (written.get("rotary_pct"), written.get("rotary_emb_base")) == (
+        (0.5, 5e4) if program == "llama.cpp" else (None, None)
+    )
+    assert AutoConfig.from_pretrained(folder).rope_parameters == rope

@@ -76,6 +76,11 @@ def test_the_folder_opens_without_koat(run: Path, tmp_path: Path) -> None:
     }
     for name in ("tokenizer.json", "prompt_template.json"):
         assert (tmp_path / "merged" / name).read_bytes() == (run / "adapter" / name).read_bytes()
+    kinds = [
+        json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))["tokenizer_class"]
+        for folder in (run / "adapter", tmp_path / "merged")
+    ]
+    assert kinds == ["TokenizersBackend", "PreTrainedTokenizerFast"]
 
 
 def test_bfloat16_is_rounded_once(run: Path, tmp_path: Path) -> None:

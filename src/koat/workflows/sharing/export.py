@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from koat.workflows.sharing.merge import RECORD, claim_folder, merge_run
 from koat.workflows.trained import find_trained, is_trained
 
 README = "README.txt"
+CONFIG = "config.json"
 SERVED_BY_VLLM = {"LORA"}
 """PEFT's types that vLLM puts on a base model by itself; IA3 is not among them."""
 
@@ -26,6 +28,8 @@ class Target:
     title: str
     explain: Callable[[str, str], str]
     """From the folder's name and the weights' type to the note that goes beside them."""
+    renames: Callable[[dict[str, Any]], dict[str, Any]] = lambda config: {}
+    """From a model's configuration to what the program reads from it under other names."""
 
 
 def _explain_vllm(name: str, dtype: str) -> str:
@@ -48,10 +52,21 @@ def _explain_llama_cpp(name: str, dtype: str) -> str:
         "    pip install -r llama.cpp/requirements/requirements-convert_hf_to_gguf.txt\n"
         f"    python llama.cpp/convert_hf_to_gguf.py ./{name} --outfile {name}.gguf --outtype {kind}\n"
         f"    llama-cli -m {name}.gguf -p PROMPT\n\n"
+        "From Python: pip install llama-cpp-python, then llama_cpp.Llama(model_path=...).\n\n"
         "The prompt form that the model was trained on is in prompt_template.json. The converter must know the model\n"
         "family and the tokenizer; it says so when it does not.\n\n"
-        "koat has not run these commands: llama.cpp was not at hand where koat is tested.\n"
+        "Tried with llama-cpp-python 0.3.36 and its converter on small Llama and GPT-NeoX models with IA3 and LoRA\n"
+        "merged, in float32: the tokens were those of transformers, but for one GPT-NeoX answer of six, from its 20th\n"
+        "token on.\n"
     )
+
+
+def name_rotary_share(config: dict[str, Any]) -> dict[str, Any]:
+    """Return GPT-NeoX's rotary settings under the names that llama.cpp reads and transformers 5 writes no more."""
+    rope = config.get("rope_parameters") or {}
+    if config.get("model_type") != "gpt_neox" or "partial_rotary_factor" not in rope:
+        return {}
+    return {"rotary_pct": rope["partial_rotary_factor"], "rotary_emb_base": rope["rope_theta"]}
 
 
 def _explain_vllm_lora(name: str, base: str) -> str:
@@ -65,7 +80,10 @@ def _explain_vllm_lora(name: str, base: str) -> str:
     )
 
 
-TARGETS = {"vllm": Target("vLLM", _explain_vllm), "llama.cpp": Target("llama.cpp", _explain_llama_cpp)}
+TARGETS = {
+    "vllm": Target("vLLM", _explain_vllm),
+    "llama.cpp": Target("llama.cpp", _explain_llama_cpp, name_rotary_share),
+}
 
 
 def export_model(
@@ -97,6 +115,10 @@ def export_model(
             f"{source} is neither a run, nor an adapter, nor a folder that `koat merge` wrote. A model folder that is "
             "whole already needs no export: give it to the program as it is."
         )
+    config = json.loads((out / CONFIG).read_text(encoding="utf-8"))
+    renamed = TARGETS[program].renames(config)
+    if renamed:
+        write_text(out / CONFIG, json.dumps({**config, **renamed}, indent=2, ensure_ascii=False) + "\n")
     write_text(out / README, TARGETS[program].explain(out.resolve().name, read_dtype(out)))
     return out
 

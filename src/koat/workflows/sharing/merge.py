@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import math
 import shutil
 from dataclasses import dataclass, replace
@@ -177,11 +178,19 @@ def save_company(trained: Trained, tokenizer: Any, folder: Path) -> None:
         shutil.copyfile(path, folder / path.name)
     if not own:
         tokenizer.save_pretrained(str(folder))
+    name_tokenizer_class(folder / "tokenizer_config.json")
     template = trained.read_template()
     if template is not None:
         # A chat template without its text would be of no use there.
         template.bind(AutoTokenizer.from_pretrained(str(folder)))
         shutil.copyfile(trained.folder / TEMPLATE, folder / TEMPLATE)
+
+
+def name_tokenizer_class(path: Path) -> None:
+    """Call a tokenizer by the name that transformers 4 knows as well; llama.cpp's converter, for one, brings that."""
+    stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if stored.get("tokenizer_class") == "TokenizersBackend":
+        write_json(path, {**stored, "tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 def describe_merge(
