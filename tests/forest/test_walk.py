@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from koat.core.sequence import Sequence
@@ -68,7 +68,8 @@ def compare(
             walk = Walk(batch.position, batch.subtree_end, asking if narrow else None, last_layer=0)
             output = WalkAttention.apply(*leaves, walk.list_pieces(window, layer=0), 0.25)
         else:
-            plain = [leaf.float() for leaf in leaves]
+            # In float32 the dense kernel is the less exact of the two: 3.9e-6 from this, where the walk is 2.7e-7.
+            plain = [leaf.double() for leaf in leaves]
             attended = torch.nn.functional.scaled_dot_product_attention(
                 plain[0], *(each.repeat_interleave(4 // groups, 1) for each in plain[1:]), visible, scale=0.25
             )
@@ -78,6 +79,7 @@ def compare(
     return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(*results, strict=True))
 
 
+@example(seed=60, scale=40, window=None, trunk=0.0, narrow=True)
 @settings(max_examples=60, deadline=None)
 @given(
     seed=st.integers(0, 10_000),
