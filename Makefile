@@ -29,7 +29,7 @@ soak: $(STAMP)
 bench: $(BENCH_STAMP)
 	$(BIN)/python -m benchmarks.run_all
 
-# PyTorch first, by its exact version: an open range would bring gigabytes of GPU libraries along.
+# PyTorch first, by its exact version, so that nothing that needs it chooses another.
 $(STAMP): constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +22,21 @@ SETTINGS: dict[str, Any] = {
     "adapter": {"method": "ia3"},
     "training": {"max_steps": 6, "batch_size": 4, "seed": 3},
 }
+
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize("name", ["README.md", "README.ko.md"])
+def test_the_readmes_calls_fit_the_functions(name: str) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(encoding="utf-8"), re.DOTALL)
+    calls = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
+    assert len(calls) >= 6
+    for call in calls:
+        assert isinstance(call.func, ast.Attribute)
+        function = getattr(koat, call.func.attr)
+        keywords = {str(keyword.arg): None for keyword in call.keywords}
+        inspect.signature(function).bind(*call.args, **keywords)
 
 
 def fill_settings(place: Path) -> dict[str, Any]:
