@@ -117,3 +117,16 @@ def test_nothing_to_predict(make_model) -> None:
     none = torch.empty(0, dtype=torch.long)
     assert head_logprobs(model, torch.randn(4, 64), none, none).shape == (0,)
     assert [len(part) for part in head_scores(model, torch.randn(4, 64), none, none)] == [0, 0]
+
+
+@pytest.mark.parametrize("num_times", [1, 300])
+@pytest.mark.parametrize("margin", [2.0, 6.0, 9.0])
+def test_nearly_sure_and_repeated_targets_keep_their_gradient_in_bfloat16(margin, num_times) -> None:
+    """`1 - p` is small there: rounded before the difference is taken, nothing right is left of it."""
+    logits = torch.randn(4, 50, generator=torch.Generator().manual_seed(3)).bfloat16()
+    logits[torch.arange(4), torch.arange(4)] += margin
+    row = target = torch.arange(4).repeat(num_times)
+    ours, plain = logits.clone().requires_grad_(), logits.float().requires_grad_()
+    gather_logprobs(ours, row, target).sum().backward()
+    torch.log_softmax(plain, -1)[row, target].sum().backward()
+    torch.testing.assert_close(ours.grad.float(), plain.grad, rtol=2**-8, atol=0)

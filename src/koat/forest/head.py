@@ -50,15 +50,29 @@ class TargetLogprobs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        """Return the gradient of the logits: what a row's targets weigh, less that much of its probabilities."""
+        """Return the gradient of the logits: what a row's targets weigh, less that much of its probabilities.
+
+        It is rounded to the logits' type once, whole: a target that is nearly sure has the small difference of two
+        numbers near one.
+        """
         logits, log_sum, row, target = ctx.saved_tensors
         weight = torch.zeros_like(log_sum).index_add_(0, row, gradients[0])
         slope, num_rows = torch.empty_like(logits), count_cached_rows(logits)
         parts = [torch.split(each, num_rows) for each in (logits, slope, log_sum, weight)]
         for part, into, lows, weights in zip(*parts, strict=True):
             into.copy_(torch.exp(part.float() - lows[:, None]).mul_(-weights[:, None]))
-        slope.view(-1).index_add_(0, row * logits.shape[-1] + target, gradients[0].to(slope.dtype))
+        place, order = torch.sort(row * logits.shape[-1] + target)
+        own = sum_equal(place, gradients[0][order])
+        at = row[order]
+        share = torch.exp(logits.reshape(-1)[place].float() - log_sum[at])
+        slope.view(-1).index_copy_(0, place, (own - weight[at] * share).to(slope.dtype))
         return slope, None, None
+
+
+def sum_equal(keys: Tensor, values: Tensor) -> Tensor:
+    """Return for each of the sorted `keys [P]` the sum of all `values [P]` that have it."""
+    group = (keys != keys.roll(1)).cumsum(0)  # from 1 on, or 0 where all are equal
+    return values.new_zeros(len(values) + 1).index_add_(0, group, values)[group]
 
 
 def count_cached_rows(logits: Tensor) -> int:
