@@ -135,6 +135,22 @@ def test_training_does_not_go_on_from_something_else(changed, said, make_model, 
         start_from(attach_adapter(make_model("qwen2"), changed), tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"alpha_pattern": {"k_proj": 32}}, "alpha_pattern"),
+        ({"rank_pattern": {"k_proj": 4}}, "rank_pattern"),
+        ({"init_lora_weights": "pissa"}, "takes something away from the base"),
+    ],
+)
+def test_training_does_not_go_on_from_what_peft_alone_knows(more, said, make_model, randomise, tmp_path):
+    write_with_peft(make_model("qwen2"), "lora", tmp_path, randomise)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **more}), encoding="utf-8")
+    with pytest.raises(AdapterError, match=said):
+        start_from(attach_adapter(make_model("qwen2"), SETTINGS["lora"]), tmp_path)
+
+
 def test_scaled_queries_are_not_held_in_silence(make_model, randomise, tmp_path):
     """PEFT's default scales GPT-NeoX's queries; under paper targets they would jump back to one."""
     write_with_peft(make_model("gpt_neox"), "ia3", tmp_path, randomise)

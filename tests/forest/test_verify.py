@@ -8,11 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 from transformers import LlamaForCausalLM, LlamaModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from koat.forest import verify
 from koat.forest.attend import AttentionPlan
 from koat.forest.pack import RowCost
 from koat.forest.score import cut_sequences, token_logprobs
-from koat.forest.twin import make_twin
+from koat.forest.twin import make_twin, pick_layer_types
 from koat.forest.verify import (
     TWIN_TOLERANCE,
     make_padded,
@@ -242,3 +244,57 @@ def test_the_probe_shares_in_every_way() -> None:
     assert sum(body[:20] == bodies[0][:20] for body in bodies) == 4
     assert sum(body[:30] == bodies[0][:30] for body in bodies) == 3
     assert all(0 <= token < 300 for body in bodies for token in body)
+
+
+def test_a_model_without_finite_numbers_shares_nothing(make_model) -> None:
+    model = make_model("llama")
+    model.get_input_embeddings().weight.data *= float("nan")
+    layout, found = verify_layout(model)
+    assert not layout.shares
+    assert "no finite numbers in torch.float32" in found.reason
+
+
+def test_one_number_that_is_none_is_no_difference_of_zero(make_model, monkeypatch) -> None:
+    model = make_model("llama")
+    layout, _ = verify_layout(model)
+    sound = token_logprobs
+    spoil = lambda *arguments: sound(*arguments).index_fill(0, torch.tensor([0]), float("nan"))  # noqa: E731
+    monkeypatch.setattr("koat.forest.verify.token_logprobs", spoil)
+    assert measure_difference(model, make_probe(300), layout) == float("inf")
+
+
+def test_a_padded_batch_that_cannot_run_allows_nothing(make_model, monkeypatch) -> None:
+    """What it would have shown bounds what a forest may differ by."""
+    model = make_model("llama")
+    sound = verify._try_layout
+
+    def fail(tried, probe, layout, *more):
+        if tried is model:
+            return (float("inf"), "broken") if layout.shares else (float("inf"), "no padding here")
+        return sound(tried, probe, layout, *more)
+
+    monkeypatch.setattr(verify, "_try_layout", fail)
+    layout, found = verify_layout(model)
+    assert not layout.shares
+    assert found.reason == "broken"
+
+
+def test_flex_attention_that_cannot_compile_gives_way(make_model, make_sequences, score_singly, monkeypatch) -> None:
+    def fail(*_, **__):
+        raise RuntimeError("no C compiler here")
+
+    model = make_model("llama", "flex_attention")
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "flex_attention", fail)
+    layout, found = verify_layout(model, "auto")
+    assert layout.shares and found.kernel == "sdpa"
+    assert measure_worst(model, make_sequences("shared"), layout, score_singly) < 5e-5
+
+
+def test_the_twin_has_a_layer_of_every_type() -> None:
+    five = ["sliding_attention"] * 5
+    assert pick_layer_types([*five, "full_attention", *five]) == ["sliding_attention", "full_attention"]
+    assert pick_layer_types(["full_attention", "sliding_attention", "full_attention"]) == [
+        "full_attention", "sliding_attention",
+    ]  # fmt: skip
+    assert pick_layer_types(["sliding_attention"] * 9) == ["sliding_attention"] * 2
+    assert pick_layer_types([]) == []

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
@@ -30,10 +29,12 @@ from koat.adapters.lora import refine_lora_layers
 from koat.adapters.methods import find_method
 from koat.adapters.norms import refine_norms
 from koat.adapters.reach import extend_reach, find_places, list_kinds, list_places
-from koat.adapters.soft_prompts import finished, is_soft, read_soft_state, write_soft_state
+from koat.adapters.soft_prompts import finished, read_soft_state, write_soft_state
 from koat.adapters.targets import check_targets, list_linears
 from koat.core.config import Section
 from koat.core.errors import AdapterError
+from koat.core.seeding import seeded
+from koat.core.soft_prompt import has_soft_prompt
 
 Attached = PeftModel | FullModel
 """A base model with a method on it."""
@@ -59,8 +60,7 @@ def attach_adapter(model: nn.Module, settings: Section, seed: int = 0) -> Attach
     if not targets and not config.is_prompt_learning:
         raise AdapterError("adapter.targets is empty: name at least one layer, or use paper, attention or all-linear.")
     check_targets(model, targets)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         wrapped = _wrap(model, config, f"adapter.targets={','.join(sorted(targets))}" if targets else name)
     refine_layers(wrapped, holds=getattr(settings, "targets", None) == "paper")
     extend_reach(wrapped.get_base_model(), find_places(kinds, wrapped.get_base_model()), trainable=True)
@@ -99,7 +99,7 @@ def _find_state(model: Attached) -> tuple[Callable[[Any], State], Callable[[Any,
     """Return how what is trained is read from a model and written to it."""
     if isinstance(model, FullModel):
         return read_weights, write_weights
-    if is_soft(model):
+    if has_soft_prompt(model):
         return read_soft_state, write_soft_state
     return get_peft_model_state_dict, set_peft_model_state_dict
 

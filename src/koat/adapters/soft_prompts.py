@@ -18,11 +18,17 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
     from koat.adapters.settings import PrefixSettings, PromptSettings, PTuningSettings
+    from koat.core.config import Section
 
 ENCODER = "prompt_encoder."
 EMBEDDING = f"{ENCODER}embedding.weight"
 FINISHED = "prompt_embeddings"
 """PEFT's name for what a file holds: the prompt itself, whatever made it."""
+
+
+def count_virtual_tokens(settings: Section) -> int:
+    """Return how many tokens of the context a method takes for its prompt; 0 for methods without one."""
+    return int(getattr(settings, "num_virtual_tokens", 0))
 
 
 def make_prefix_config(settings: PrefixSettings) -> PeftConfig:
@@ -58,12 +64,6 @@ def make_p_tuning_config(settings: PTuningSettings) -> PeftConfig:
         encoder_hidden_size=settings.encoder_size,
         encoder_num_layers=2,
     )
-
-
-def is_soft(model: nn.Module) -> bool:
-    """Whether a `PeftModel` carries a soft prompt."""
-    config: Any = getattr(model, "active_peft_config", None)
-    return bool(getattr(config, "is_prompt_learning", False))
 
 
 def find_encoder(model: PeftModel) -> Any:

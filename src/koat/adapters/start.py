@@ -11,8 +11,9 @@ from koat.adapters.attach import read_adapter_state, write_adapter_state
 from koat.adapters.files import CONFIG, WEIGHTS, compare_states, read_adapter_config, read_adapter_file, read_extra
 from koat.adapters.ia3 import holds_queries
 from koat.adapters.reach import list_places
-from koat.adapters.soft_prompts import is_soft, name_finished
+from koat.adapters.soft_prompts import name_finished
 from koat.core.errors import AdapterError
+from koat.core.soft_prompt import has_soft_prompt
 
 SETTINGS = {
     "peft_type": "method",
@@ -25,6 +26,8 @@ SETTINGS = {
     "num_virtual_tokens": "num_virtual_tokens",
 }
 """What decides how an adapter acts, by its name in PEFT's file: the setting that must agree with it."""
+PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
+"""PEFT's ways of beginning a LoRA that leave the base as it is."""
 GOES_ON_AS = {"P_TUNING": "PROMPT_TUNING"}
 """What a finished adapter is trained further as, where not as itself: the network of P-tuning is not in its file."""
 
@@ -45,6 +48,7 @@ def start_from(model: PeftModel, folder: Path) -> None:
                 f"adapter.start={folder} has {key}={found}, and the settings make it {wanted}. Set adapter.{setting} "
                 "so that both agree (layers can be named: adapter.targets=[...] adapter.feedforward=[...])."
             )
+    _check_simple(stored, folder)
     if holds_queries(model) and not extra.get("holds_queries"):
         raise AdapterError(
             f"adapter.start={folder} also scales the queries of fused projections, and adapter.targets=paper holds "
@@ -58,10 +62,27 @@ def start_from(model: PeftModel, folder: Path) -> None:
             "targets."
         )
     state = read_adapter_file(folder / WEIGHTS)
-    if is_soft(model):
+    if has_soft_prompt(model):
         state = name_finished(model, state)
     compare_states(read_adapter_state(model), state, str(folder))
     write_adapter_state(model, state)
+
+
+def _check_simple(stored: dict[str, Any], folder: Path) -> None:
+    """Refuse a LoRA whose ranks or scales differ by layer, or that began by changing its base."""
+    for key in ("rank_pattern", "alpha_pattern"):
+        if stored.get(key):
+            raise AdapterError(
+                f"adapter.start={folder} has {key}={stored[key]}, and koat trains one rank and scale for all layers. "
+                "Merge it into its base with PEFT, and begin a fresh adapter on that."
+            )
+    begun = stored.get("init_lora_weights", True)
+    if begun not in PLAIN_STARTS:
+        raise AdapterError(
+            f"adapter.start={folder} began with init_lora_weights={begun}, which takes something away from the base's "
+            "weights; on the base as it is the adapter would be another. Merge it with PEFT, or convert it (PEFT's "
+            "save_pretrained with path_initial_model_for_weight_conversion)."
+        )
 
 
 def _plain(value: Any) -> Any:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from koat.core.soft_prompt import has_soft_prompt
 from koat.forest.pack import MicroBatch
 
 
@@ -30,21 +31,15 @@ class Root:
         return 0 if self.cache is None else self.num_tokens
 
 
-def is_rooted(model: nn.Module) -> bool:
-    """Whether a `PeftModel` carries a soft prompt."""
-    config: Any = getattr(model, "active_peft_config", None)
-    return bool(getattr(config, "is_prompt_learning", False))
-
-
 def has_cached_root(model: nn.Module) -> bool:
     """Whether a `PeftModel` carries keys and values (prefix tuning): there are then more keys than queries."""
     config: Any = getattr(model, "active_peft_config", None)
-    return is_rooted(model) and config.peft_type == "PREFIX_TUNING"
+    return has_soft_prompt(model) and config.peft_type == "PREFIX_TUNING"
 
 
 def take_root(model: nn.Module, num_rows: int) -> Root | None:
     """Return the soft prompt of a `PeftModel`, the same for every row; None for any other model. Differentiable."""
-    if not is_rooted(model):
+    if not has_soft_prompt(model):
         return None
     wrapper: Any = model
     num_tokens = int(wrapper.active_peft_config.num_virtual_tokens)

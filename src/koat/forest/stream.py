@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from koat.core.sequence import Sequence
+from koat.core.soft_prompt import has_soft_prompt
 from koat.forest.attend import render_mask
 from koat.forest.build import Forest, IntArray, build_forest
 from koat.forest.head import gather_logprobs, head_scores
 from koat.forest.narrow import narrow_last_layer
 from koat.forest.pack import MicroBatch
-from koat.forest.root import is_rooted
 from koat.forest.score import Layout, cut_sequences, make_walk, score_tokens, set_kernel, unwrap
 
 COMFORTABLE = 2048
@@ -84,7 +84,7 @@ def lay_out(
 ) -> Forest | list[MicroBatch]:
     """Return micro-batches of whole trees where they compute little twice, else one forest to be streamed."""
     batches = list(cut_sequences(sequences, layout, token_budget))
-    if not layout.streams or is_rooted(model):
+    if not layout.streams or has_soft_prompt(model):
         return batches
     forest = build_forest(sequences)
     return forest if sum(batch.num_tokens for batch in batches) > WORTH_WHILE * len(forest) else batches

@@ -8,20 +8,23 @@ from typing import Any
 import torch
 from torch import nn
 
+from koat.core.seeding import seeded
 from koat.forest.score import unwrap
 
 TWIN_WINDOW = 8
 """The twin's sliding window in tokens, where the family has one."""
 
 
+MOST_LAYERS = 4
+
+
 def make_twin(model: nn.Module) -> Any:
     """Return a small float32 model of the same class: few layers, every layer type, a small window."""
     causal = unwrap(model)
     config = copy.deepcopy(causal.config)
-    types = list(getattr(config, "layer_types", None) or [])
-    num_layers = 2 if not types else min(4, max(2, max(types.index(kind) for kind in set(types)) + 1))
-    config.num_hidden_layers = min(num_layers, config.num_hidden_layers)
-    if types and len(config.layer_types) != config.num_hidden_layers:
+    types = pick_layer_types(list(getattr(config, "layer_types", None) or []))
+    config.num_hidden_layers = min(len(types) or 2, config.num_hidden_layers)
+    if types and list(config.layer_types) != types:  # some families derive them from the number of layers
         config.layer_types = types[: config.num_hidden_layers]
     if getattr(config, "sliding_window", None):
         config.sliding_window = TWIN_WINDOW
@@ -31,14 +34,18 @@ def make_twin(model: nn.Module) -> Any:
     _shrink_rope(config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    state = torch.random.get_rng_state()
-    torch.manual_seed(0)
-    try:
+    with seeded(0):
         twin = type(causal)._from_config(config, dtype=torch.float32)
-    finally:
-        torch.random.set_rng_state(state)
     twin.config._attn_implementation = causal.config._attn_implementation
     return twin.to(causal.device).eval()
+
+
+def pick_layer_types(types: list[str]) -> list[str]:
+    """Return the types of the twin's layers: the first few, or one of each where a type comes later (Gemma 3)."""
+    if not types:
+        return []
+    needed = max(types.index(kind) for kind in set(types)) + 1
+    return types[: max(2, needed)] if needed <= MOST_LAYERS else list(dict.fromkeys(types))
 
 
 def _shrink_rope(config: Any) -> None:

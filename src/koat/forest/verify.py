@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from koat.core.sequence import Sequence, supervise_from
+from koat.core.soft_prompt import has_soft_prompt
 from koat.forest.attend import AttentionPlan, Kernel, find_windows
 from koat.forest.build import build_forest
 from koat.forest.grow import grow_forest
 from koat.forest.pack import RowCost
-from koat.forest.root import has_cached_root, is_rooted
+from koat.forest.root import has_cached_root
 from koat.forest.score import Layout, cut_sequences, estimate_row_cost, set_kernel, token_logprobs, unwrap
 from koat.forest.stream import stream_forest
 from koat.forest.twin import TWIN_WINDOW, make_twin
@@ -78,10 +79,10 @@ def single_logprobs(model: nn.Module, sequences: ListLike[Sequence]) -> list[Ten
     """
     results = []
     device = next(model.parameters()).device
-    caller: Any = model if is_rooted(model) else unwrap(model)
+    caller: Any = model if has_soft_prompt(model) else unwrap(model)
     for sequence in sequences:
         ids = torch.tensor([sequence.token_ids], device=device)
-        mask = {"attention_mask": torch.ones_like(ids)} if is_rooted(model) else {}
+        mask = {"attention_mask": torch.ones_like(ids)} if has_soft_prompt(model) else {}
         logits = caller(input_ids=ids, use_cache=False, **mask).logits[0]
         logprobs = logits[-len(sequence) :].float().log_softmax(-1)
         at = torch.tensor(sequence.supervised, device=device).nonzero().squeeze(1)
@@ -97,28 +98,37 @@ def measure_difference(model: nn.Module, sequences: ListLike[Sequence], layout: 
     """
     layout = replace(layout, cost=replace(layout.cost, start_up=1e9))
     expected = single_logprobs(model, sequences)
+    check_finite(model, expected)
     device = next(model.parameters()).device
     worst = 0.0
     for batch in cut_sequences(sequences, layout, token_budget=4096):
         batch = batch.to(device)
         found = token_logprobs(model, batch, layout)
         for owner in torch.unique(batch.owner).tolist():
-            worst = max(worst, float((found[batch.owner == owner] - expected[owner]).abs().max()))
-    return worst if np.isfinite(worst) else float("inf")
+            difference = float((found[batch.owner == owner] - expected[owner]).abs().max())
+            worst = max(worst, difference if np.isfinite(difference) else float("inf"))
+    return worst
+
+
+def check_finite(model: nn.Module, logprobs: ListLike[Tensor]) -> None:
+    """Raise ValueError where a model's own log-probabilities are not finite: nothing could be compared with them."""
+    if not all(bool(each.isfinite().all()) for each in logprobs):
+        raise ValueError(f"the model's own log-probabilities are no finite numbers in {unwrap(model).dtype}")
 
 
 @torch.no_grad()
 def measure_stream(model: nn.Module, sequences: ListLike[Sequence], layout: Layout) -> float:
     """Return the same difference for a forest that is computed in short segments, keys and values carried along."""
-    expected = [logprobs.tolist() for logprobs in single_logprobs(model, sequences)]
+    expected = single_logprobs(model, sequences)
+    check_finite(model, expected)
     found: list[list[float]] = [[] for _ in sequences]
     for part in stream_forest(model, layout, build_forest(sequences), SEGMENT):
         for owner, value in zip(part.owner.tolist(), part.logprobs.tolist(), strict=True):
             found[owner].append(value)
-    worst = max(
-        abs(a - b) for left, right in zip(expected, found, strict=True) for a, b in zip(left, right, strict=True)
+    pairs = (
+        pair for left, right in zip(expected, found, strict=True) for pair in zip(left.tolist(), right, strict=True)
     )
-    return worst if np.isfinite(worst) else float("inf")
+    return max(abs(a - b) if np.isfinite(b) else float("inf") for a, b in pairs)
 
 
 def estimate_rounding(model: nn.Module, sequences: ListLike[Sequence]) -> float:
@@ -139,12 +149,15 @@ def find_kernel(config: Any) -> Kernel:
 def list_kernels(model: nn.Module, wanted: str) -> list[Kernel]:
     """Return the kernels worth trying: on a CPU, where SDPA serves, walked attention before it.
 
-    Keys in a cache (prefix tuning) are for kernels that take a dense mask.
+    FlexAttention may not compile on a machine; dense masks stand behind it. Keys in a cache (prefix tuning) are for
+    kernels that take a dense mask.
     """
     causal = unwrap(model)
     kernel = find_kernel(causal.config)
     if has_cached_root(model):
         return ["eager" if kernel == "eager" else "sdpa"]
+    if kernel == "flex":
+        return ["flex", "sdpa"]
     if causal.device.type != "cpu" or kernel not in ("sdpa", "walk"):
         return [kernel]
     if wanted == "sdpa":
@@ -214,19 +227,24 @@ def _verify(model: nn.Module, kernels: list[Kernel]) -> tuple[Layout, Verificati
     reasons = []
     for layout in [layout for each in kernels for layout in list_candidates(causal.config, each)]:
         assert layout.plan is not None
+        for each in (twin, causal):  # single sequences too: a kernel that cannot run here is no reference either
+            set_kernel(each, layout.plan.kernel)
         twin_difference, reason = _try_layout(twin, probe, _shrink_windows(layout))
         if twin_difference > TWIN_TOLERANCE:
             reasons.append(reason or f"log-probabilities differ by {twin_difference:.2g} on a float32 twin")
             continue
         real = make_probe(causal.get_output_embeddings().weight.shape[0], seed=1)
         noise, _ = _try_layout(model, real, make_padded(layout.split_head))
-        noise = max(noise, estimate_rounding(model, real))
+        # A padded batch that cannot run says nothing of what may differ.
+        noise = max((each for each in (noise, estimate_rounding(model, real)) if np.isfinite(each)), default=0.0)
         difference, reason = _try_layout(model, real, layout)
         allowed = max(FLOOR, NOISE_FACTOR * noise)
         if difference <= allowed:
             chosen = _let_stream(layout, (twin, probe, TWIN_TOLERANCE), (model, real, allowed))
-            measured = (layout.plan.kernel, twin_difference, difference, noise, "exact", chosen.streams)
-            return chosen, Verification(True, layout.split_head, *measured)
+            return chosen, Verification(
+                shares=True, split_head=layout.split_head, kernel=layout.plan.kernel, twin_difference=twin_difference,
+                difference=difference, noise=noise, reason="exact", streams=chosen.streams,
+            )  # fmt: skip
         reasons.append(reason or f"log-probabilities differ by {difference:.2g}, batching alone by {noise:.2g}")
     layout, reason = _fall_back(twin, probe), reasons[-1] if reasons else "not tried"
     instead = "one sequence at a time" if layout.alone else "padded batches"
@@ -241,7 +259,7 @@ def _let_stream(layout: Layout, *trials: tuple[Any, ListLike[Sequence], float]) 
     """
     assert layout.plan is not None
     streaming = replace(layout, streams=True)
-    if layout.plan.kernel != "walk" or is_rooted(trials[-1][0]):
+    if layout.plan.kernel != "walk" or has_soft_prompt(trials[-1][0]):
         return layout
     for model, probe, allowed in trials:
         tried = _shrink_windows(streaming) if model is trials[0][0] else streaming
@@ -253,7 +271,7 @@ def _let_stream(layout: Layout, *trials: tuple[Any, ListLike[Sequence], float]) 
 @torch.no_grad()
 def verify_growth(model: nn.Module, layout: Layout) -> bool:
     """Whether prompts that grow as a forest write, on a float32 twin, what plain passes find likeliest."""
-    if not layout.shares or is_rooted(model):
+    if not layout.shares or has_soft_prompt(model):
         return False
     twin = make_twin(model)
     prompts = [sequence.token_ids for sequence in make_probe(twin.config.vocab_size)]

@@ -13,8 +13,9 @@ from torch import nn
 from koat.adapters.attach import restore_adapter
 from koat.core.settings import ModelSettings
 from koat.data.prompts import PromptTemplate
+from koat.forest.choose import choose_layout
 from koat.forest.score import Layout
-from koat.forest.verify import Verification, verify_layout
+from koat.forest.verify import Verification
 from koat.model import load_model, load_tokenizer
 from koat.quantise.check import QuantisedCheck, check_quantised_layers
 from koat.workflows.trained import find_trained, is_trained
@@ -78,5 +79,5 @@ def load_subject(name: str, settings: ModelSettings, adapter: Path | None, predi
     quantised = check_quantised_layers(model)
     if adapter is not None:
         model = restore_adapter(model, adapter).eval()
-    layout, verification = verify_layout(model, settings.attention)
+    layout, verification = choose_layout(model, settings)
     return Subject(name, model, tokenizer, layout, verification, predictions, quantised)

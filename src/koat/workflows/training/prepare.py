@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,14 @@ from torch import nn
 
 from koat.adapters.attach import Attached, attach_adapter, count_trainable
 from koat.adapters.remarks import describe_remarks
+from koat.adapters.soft_prompts import count_virtual_tokens
 from koat.adapters.start import start_from
 from koat.core.config import to_mapping
-from koat.core.errors import ConfigError, TrainingError
+from koat.core.errors import TrainingError
 from koat.core.settings import ModelSettings, TrainingSettings
+from koat.forest.choose import choose_layout
 from koat.forest.score import Layout, unwrap
-from koat.forest.verify import Verification, make_padded, verify_layout
+from koat.forest.verify import Verification
 from koat.model import (
     count_parameters,
     find_context_length,
@@ -49,7 +51,8 @@ def prepare_run(config: RunConfig, model_settings: ModelSettings, say: Say) -> P
     """Read the data, load the base, attach the adapter and verify the layout, saying what was found."""
     tokenizer, base_config = load_tokenizer(config.model), load_config(config.model)
     context, training = find_context_length(base_config), config.training
-    examples = load_examples(config.data, tokenizer, context, training.seed, with_choices=training.wants_choices)
+    room = context - count_virtual_tokens(config.adapter) if context else None
+    examples = load_examples(config.data, tokenizer, room, training.seed, with_choices=training.wants_choices)
     for remark in [*describe_remarks(config.adapter, base_config), *examples.remarks]:
         say(f"! {remark}")
     for part, report in examples.reports.items():
@@ -76,20 +79,6 @@ def attach_method(base: nn.Module, config: RunConfig) -> Attached:
     if start:
         start_from(model, Path(start))  # type: ignore[arg-type]  # methods with a start are all PEFT's
     return model
-
-
-def choose_layout(model: nn.Module, settings: ModelSettings) -> tuple[Layout, Verification]:
-    """Verify the model and return the layout to use; `padded` is taken at its word."""
-    layout, verification = verify_layout(model, settings.attention)
-    if settings.layout == "padded" and layout.shares:
-        padded = make_padded(verification.split_head)
-        return padded, replace(verification, shares=False, streams=False, reason="model.layout=padded")
-    if settings.layout == "forest" and not layout.shares:
-        raise ConfigError(
-            f"model.layout=forest was asked for, but prefixes cannot be shared exactly here: {verification.reason}. "
-            "Use model.layout=auto."
-        )
-    return layout, verification
 
 
 def describe_layout(verification: Verification) -> str:
@@ -145,7 +134,7 @@ def describe_run(
         "seed": config.training.seed,
         "templates": [template.to_mapping() for template in examples.templates],
         "examples": {"train": len(examples.train), "validation": len(examples.validation)},
-        "data": fingerprint_data([*config.data.train, *config.data.validation]),
+        "data": fingerprint_data(config.data.list_files()),
         "forest": verification.to_mapping(),
         "versions": describe_versions(),
         "hardware": describe_hardware(next(model.parameters()).device),

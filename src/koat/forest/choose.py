@@ -1,0 +1,29 @@
+"""The layout that a user's settings and a model's verification come to."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import nn
+
+from koat.core.errors import ConfigError
+from koat.core.settings import ModelSettings
+from koat.forest.score import Layout
+from koat.forest.verify import Verification, make_padded, verify_layout
+
+
+def choose_layout(model: nn.Module, settings: ModelSettings) -> tuple[Layout, Verification]:
+    """Verify the model and return the layout to use; `padded` is taken at its word.
+
+    Raises ConfigError where `forest` was asked for and cannot be.
+    """
+    layout, verification = verify_layout(model, settings.attention)
+    if settings.layout == "padded" and layout.shares:
+        padded = make_padded(verification.split_head)
+        return padded, replace(verification, shares=False, streams=False, reason="model.layout=padded")
+    if settings.layout == "forest" and not layout.shares:
+        raise ConfigError(
+            f"model.layout=forest was asked for, but prefixes cannot be shared exactly here: {verification.reason}. "
+            "Use model.layout=auto."
+        )
+    return layout, verification
