@@ -64,6 +64,11 @@ def test_kept_predictions_are_judged_by_what_ranked_them() -> None:
     assert per_token["bins"][0]["accuracy"] == 1
     per_character = describe_choices(rows, "likelihood", {"normalisation": "per-character"})["calibration"]
     assert per_character["bins"][0]["confidence"] == pytest.approx(1 / (1 + exp(-(3 / 2 - 4 / 3))))
+    korean = [make_row("예", {"예": -3.0, "no": -3.0}, {})]
+    per_byte = describe_choices(korean, "likelihood", {"normalisation": "per-byte"})["calibration"]
+    assert per_byte["bins"][0]["confidence"] == pytest.approx(1 / (1 + exp(-(3 / 2 - 3 / 3))))
+    # What mutual information takes off an answer is not kept with it.
+    assert "calibration" not in describe_choices(korean, "likelihood", {"normalisation": "mutual information"})
 
 
 def test_choices_that_differ_by_item_have_no_label_bias() -> None:

@@ -77,3 +77,23 @@ def test_the_smallest_difference_of_a_comparison() -> None:
     counts = compare_counts(332, 500, 356, 500)
     assert counts.smallest == pytest.approx(0.086, abs=0.002)
     assert counts.count_needed() == 1462
+
+
+def test_seeds_bound_what_any_number_of_items_can_show() -> None:
+    # Items of deviation 0.3, seeds that bring a variance of 1e-4 to the difference whatever the items:
+    # (1.959964 + 0.841621) * sqrt(0.09 / 5000 + 1e-4) = 2.801585 * 0.010863 = 0.030433.
+    noise = noise_of_means(0.3, 1e-4)
+    assert find_smallest(5000, noise) == pytest.approx(0.030433, rel=1e-4)
+    # 2.801585 * 0.01 = 0.028016: a difference below that is never shown, one above it needs
+    # 0.09 / ((0.03 / 2.801585)^2 - 1e-4) = 6,136.8 items, where 785 would do for one method without seeds.
+    assert count_needed(0.028, noise) is None
+    assert count_needed(0.03, noise) == 6137
+    assert count_needed(0.03, noise_of_means(0.3)) == 785
+
+
+@pytest.mark.parametrize("share", [0.0, 1e-9])
+def test_a_share_of_nothing_still_has_a_smallest_difference(share: float) -> None:
+    found = find_smallest(500, noise_of_counts(share))
+    assert found is not None
+    # z^2 / n and a little more: shares near zero vary by their own size.
+    assert 0.01 < found < 0.02

@@ -286,3 +286,15 @@ def test_holm_rejects_what_the_procedure_rejects() -> None:
                 break
             rejected.add(index)
         assert {index for index, p in enumerate(correct_holm(values)) if p <= 0.05 + 1e-12} == rejected
+
+
+def test_what_seeds_hide_no_number_of_items_shows() -> None:
+    rng = np.random.default_rng(0)
+    rates = np.array([[0.50, 0.60, 0.70], [0.52, 0.62, 0.72]])
+    left, right = ((rng.uniform(size=(3, 2000)) < side[:, None]).astype(float) for side in rates)
+    found = compare_seeds(left, right)
+    assert found.p > 0.05 and found.value != 0
+    assert found.count_needed() is None
+    # What the seeds bring by themselves: a spread of 0.1 on either side, over three seeds.
+    assert found.smallest == pytest.approx(2.801585 * np.sqrt(2 * 0.01 / 3), rel=0.1)
+    assert compare_seeds(left[:1], right[:1]).count_needed() is not None

@@ -43,7 +43,8 @@ def test_what_cannot_be_told_apart_says_what_would() -> None:
         "A and B cannot be told apart with 500 items (-1.1 to 3.5 points, 95 %, exact McNemar, Holm p = 0.31): about "
         "3,900 would be needed."
     )
-    assert say_comparison({**found, "needed": None}, 2).endswith(": they score the same.")
+    assert say_comparison({**found, "needed": None, "value": 0.0}, 2).endswith(": they score the same.")
+    assert say_comparison({**found, "needed": None}, 2).endswith("more seeds would be needed.")
     assert say_comparison({**found, "needed": 2_000_000}, 2).endswith("more than a million would be needed.")
 
 
@@ -68,7 +69,7 @@ def test_figures() -> None:
     assert [round_up(number) for number in (7, 99, 101, 1462, 3861, 12001)] == [7, 99, 110, 1500, 3900, 13000]
     assert [format_p(p) for p in (0.0004, 0.0312, 0.5)] == ["p < 0.001", "p = 0.031", "p = 0.50"]
     assert [format_points(share) for share in (0.0213, -0.011, 0.0004, 0.0)] == ["2.1", "-1.1", "0.04", "0.0"]
-    assert say_needed(400, 500) == ": more would be needed."
+    assert say_needed(400, FOUND) == ": more would be needed."
 
 
 def test_the_smallest_difference_and_the_conditions() -> None:

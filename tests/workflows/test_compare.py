@@ -372,3 +372,16 @@ def test_csv_markdown_and_json_hold_the_same(tmp_path: Path) -> None:
     text = files[1].read_text(encoding="utf-8")
     assert ranked["sentence"] in text and refused["sentence"] in text
     assert "| b | 90.0 % (" in text
+
+
+def test_what_is_no_share_is_left_out_and_said(tmp_path: Path) -> None:
+    """lm-eval's BLEU lies between 0 and 100: intervals, points and scales here are those of shares."""
+    answers = {str(number): float(number % 2) for number in range(40)}
+    for name in ("A", "B"):
+        write_scores(tmp_path / name, answers)
+        write_scores(
+            tmp_path / name, {key: 20.0 + value for key, value in answers.items()}, task="bleu", scoring="bleu"
+        )
+    found = compare_targets([str(tmp_path / "A"), str(tmp_path / "B")])
+    assert [column["task"] for column in found["columns"]] == ["reviews"]
+    assert any("bleu" in note and "no share between 0 and 1" in note for note in found["notes"])

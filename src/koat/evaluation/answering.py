@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from koat.core.errors import DataError
@@ -25,10 +24,9 @@ from koat.evaluation.harvest import sample_items
 from koat.evaluation.metrics import score_values
 from koat.evaluation.protocol import KeptOut
 from koat.evaluation.result import TaskResult, note_kept_out
+from koat.evaluation.room import find_room
 from koat.evaluation.scorer import Progress
-from koat.forest.root import take_root
-from koat.forest.score import Layout, unwrap
-from koat.model import find_context_length
+from koat.forest.score import Layout
 
 log = logging.getLogger(__name__)
 
@@ -119,14 +117,6 @@ def read_questions(path: str) -> list[Question]:
         ids = [str(number) for number in range(1, len(records) + 1)]
     answers = [tuple(json.loads(record.fields["answers"])) for record in records]
     return [Question(*parts) for parts in zip(ids, records, answers, strict=True)]
-
-
-def find_room(model: nn.Module) -> int | None:
-    """Return how many tokens of text a model sees at once: a soft prompt takes its own; None: no limit is known."""
-    length = find_context_length(unwrap(model).config)
-    with torch.no_grad():
-        root = take_root(model, 1)
-    return length - (root.num_tokens if root else 0) if length else None
 
 
 def build_prompts(

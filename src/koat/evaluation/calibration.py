@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import exp
 from typing import Any
+
+DIVISORS: dict[str, Callable[[Mapping[str, Any], str], int]] = {
+    "none": lambda prediction, word: 1,
+    "per-token": lambda prediction, word: prediction.get("num_tokens", {}).get(word, 1),
+    "per-character": lambda prediction, word: len(word),
+    "per-byte": lambda prediction, word: len(word.encode("utf-8")),
+}
+"""By a contract's normalisation: what a choice's log-probability is divided by."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,8 +120,10 @@ def describe_choices(
     words = [list(row["logprobs"]) for row in predictions]
     gold = [str(row["gold"]) for row in predictions]
     found: dict[str, Any] = {}
-    if contract.get("scoring") != "first-token":  # there, choices were not ranked by their probabilities
-        probabilities = [to_probabilities(_rank(row, contract.get("normalisation"))) for row in predictions]
+    normalisation = contract.get("normalisation") or "none"
+    # A first token is not ranked by its probability; what mutual information takes off is not on record.
+    if contract.get("scoring") != "first-token" and normalisation in DIVISORS:
+        probabilities = [to_probabilities(_rank(row, normalisation)) for row in predictions]
         right = [choices.index(label) for choices, label in zip(words, gold, strict=True)]
         found["calibration"] = measure_calibration(probabilities, right).to_mapping()
     if all(choices == words[0] for choices in words):
@@ -121,11 +131,7 @@ def describe_choices(
     return found
 
 
-def _rank(prediction: Mapping[str, Any], normalisation: str | None) -> list[float]:
+def _rank(prediction: Mapping[str, Any], normalisation: str) -> list[float]:
     """Return what the choices of a prediction were ranked by."""
-    lengths: dict[str | None, Mapping[str, int]] = {
-        "per-token": prediction.get("num_tokens", {}),
-        "per-character": {word: len(word) for word in prediction["logprobs"]},
-    }
-    divisors = lengths.get(normalisation, {})
-    return [value / divisors.get(word, 1) for word, value in prediction["logprobs"].items()]
+    divide_by = DIVISORS[normalisation]
+    return [value / (divide_by(prediction, word) or 1) for word, value in prediction["logprobs"].items()]

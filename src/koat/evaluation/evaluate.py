@@ -22,10 +22,10 @@ from koat.evaluation.protocol import (
     check_labels,
 )
 from koat.evaluation.result import TaskResult, note_kept_out
+from koat.evaluation.room import find_room
 from koat.evaluation.scorer import ItemScore, Progress, ScoredRequests, score_requests
 from koat.evaluation.task import Scoring, Task, adjust_task
-from koat.forest.score import Layout, unwrap
-from koat.model import find_context_length
+from koat.forest.score import Layout
 
 log = logging.getLogger(__name__)
 
@@ -51,24 +51,22 @@ def evaluate_task(
     num_shots: int | None = None,
     limit: int | str | None = None,
     seed: int | None = None,
-    template: str = "none",
     token_budget: int = 4096,
     on_progress: Progress | None = None,
 ) -> TaskResult:
     """Ask a model the items of a file and score its answers.
 
-    `num_shots`, `limit` (a number or "all") and `seed` (of the shots) override the task. `template` names
-    what is put around the task's prompt, for the conditions. The precision is the caller's: wrap the call
-    in autocast for bfloat16. Raises ConfigError and DataError for what cannot be asked.
+    `num_shots`, `limit` (a number or "all") and `seed` (of the shots) override the task. The
+    precision is the caller's: wrap the call in autocast for bfloat16. Raises ConfigError and DataError for what
+    cannot be asked.
     """
     task = adjust_task(task, num_shots=num_shots, limit=limit, seed=seed)
     questions = gather_questions(task, tokenizer, data_path, shots_path)
     started = time.perf_counter()
-    length = find_context_length(unwrap(model).config)
-    asked = build_requests(task, questions.items, questions.shots, tokenizer, length)
+    asked = build_requests(task, questions.items, questions.shots, tokenizer, find_room(model))
     scored = score_requests(model, layout, asked.requests, token_budget=token_budget, on_progress=on_progress)
     seconds = time.perf_counter() - started
-    conditions = describe_conditions(model, layout, tokenizer, truncation=asked.truncation, template=template)
+    conditions = describe_conditions(model, layout, tokenizer, truncation=asked.truncation, template="none")
     return _summarise(task, questions, asked, scored, tokenizer, conditions, seconds)
 
 

@@ -2,14 +2,15 @@
 
 All of it rests on one normal approximation: a difference `d` between n items is found when
 `z_alpha sqrt(v0 / n) + z_power sqrt(v1 / n) <= d`, where v0 is the variance that one item brings if there is no
-difference and v1 if there is this one. What v0 and v1 are is a `Noise`.
+difference and v1 if there is this one. What v0 and v1 are is a `Noise`. What the seeds bring stays however many
+items there are: with that variance `f` the square of the left side grows by `(z_alpha + z_power)^2 f`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import ceil, sqrt
+from math import ceil, hypot, sqrt
 from statistics import NormalDist
 
 ALPHA = 0.05
@@ -22,12 +23,13 @@ POWER = 0.8
 class Noise:
     """The variance that one item brings to a difference: without a difference, and with one of a given size.
 
-    `largest` bounds the differences that can occur at all.
+    `largest` bounds the differences that can occur at all; `of_seeds` is the variance that more items do not lower.
     """
 
     without: Callable[[float], float]
     with_difference: Callable[[float], float]
     largest: float
+    of_seeds: float = 0.0
 
 
 def noise_of_pairs(discordance: float) -> Noise:
@@ -38,9 +40,10 @@ def noise_of_pairs(discordance: float) -> Noise:
     return Noise(lambda _: discordance, lambda size: max(0.0, discordance - size * size), discordance)
 
 
-def noise_of_means(deviation: float) -> Noise:
+def noise_of_means(deviation: float, of_seeds: float = 0.0) -> Noise:
     """Return the noise of a mean difference whose items have the standard deviation `deviation`."""
-    return Noise(lambda _: deviation**2, lambda _: deviation**2, 10 * deviation)
+    largest = 10 * sqrt(deviation**2 + of_seeds)
+    return Noise(lambda _: deviation**2, lambda _: deviation**2, largest, of_seeds)
 
 
 def noise_of_counts(share: float) -> Noise:
@@ -60,10 +63,14 @@ def noise_of_counts(share: float) -> Noise:
 
 
 def count_needed(difference: float, noise: Noise, *, alpha: float = ALPHA, power: float = POWER) -> int | None:
-    """Return how many items (in each sample) a difference needs to be found; None for no difference."""
-    if difference == 0:
+    """Return how many items (in each sample) a difference needs to be found.
+
+    None for no difference, and for one that the seeds hide from any number of items.
+    """
+    room = difference**2 - _reach_seeds(noise, alpha, power) ** 2
+    if room <= 0:
         return None
-    return max(1, ceil((_reach(noise, difference, alpha, power) / abs(difference)) ** 2))
+    return max(1, ceil(_reach(noise, difference, alpha, power) ** 2 / room))
 
 
 def find_smallest(num_items: float, noise: Noise, *, alpha: float = ALPHA, power: float = POWER) -> float | None:
@@ -71,13 +78,20 @@ def find_smallest(num_items: float, noise: Noise, *, alpha: float = ALPHA, power
     from scipy.optimize import brentq
 
     def lacking(size: float) -> float:
-        return _reach(noise, size, alpha, power) / sqrt(num_items) - size
+        return hypot(_reach(noise, size, alpha, power) / sqrt(num_items), seeds) - size
+
+    seeds = _reach_seeds(noise, alpha, power)
 
     # Twelve digits below the top, where a variance is exactly nothing, the square root still has a slope.
     top = noise.largest * (1 - 1e-12)
     if top <= 0 or lacking(top) > 0:
         return None
-    return float(brentq(lacking, 0.0, top))
+    # From just above zero: at zero itself, shares of 0 or 1 have no variance, and nothing would be lacking.
+    return float(brentq(lacking, top * 1e-9, top))
+
+
+def _reach_seeds(noise: Noise, alpha: float, power: float) -> float:
+    return (NormalDist().inv_cdf(1 - alpha / 2) + NormalDist().inv_cdf(power)) * sqrt(noise.of_seeds)
 
 
 def _reach(noise: Noise, size: float, alpha: float, power: float) -> float:

@@ -52,7 +52,7 @@ class Difference:
     only_right: int | None = None
 
     def count_needed(self, num_comparisons: int = 1) -> int | None:
-        """Return how many items would show this difference, as one of so many comparisons; None if it is zero."""
+        """Return how many items would show this difference, as one of so many comparisons; None if none would."""
         return count_needed(self.value, self.noise, alpha=ALPHA / num_comparisons)
 
     def to_mapping(self) -> dict[str, Any]:
@@ -151,12 +151,13 @@ def compare_seeds(left: np.ndarray, right: np.ndarray) -> Difference:
     items = float(differences.var(ddof=1))
     several = [side for side in (left, right) if len(side) > 1]
     # What chance does to a seed on an item is in the variance over items and in that over seeds: counted once.
-    twice = sum(split_variance(side).rest / len(side) for side in several)
+    parts = [(split_variance(side), len(side)) for side in several]
+    twice = sum(part.rest / number for part, number in parts)
     terms = [(max(0.0, items - twice) / num_items, num_items - 1)]
     terms += [(float(side.mean(1).var(ddof=1)) / len(side), len(side) - 1) for side in several]
     error, reach = add_errors(terms)
     p = float(2 * t.sf(abs(value) / error, count_freedom(terms))) if error else float(value == 0)
-    noise = noise_of_means(sqrt(items))
+    noise = noise_of_means(sqrt(items), sum(part.seed / number for part, number in parts))
     return Difference(
         value, max(-1.0, value - reach), min(1.0, value + reach), p, "t test over seeds and items", True, num_items,
         find_smallest(num_items, noise), noise,

@@ -34,8 +34,8 @@ def print_lengths(lengths: Any) -> None:
     print_table(make_table("Lengths", ("", ""), [*percentiles, *overflow]))
     print(draw_histogram(lengths))
     print(f"  duplicates: {lengths.num_duplicates:,}; same prompt, another response: {lengths.num_conflicts:,}")
-    saving = lengths.num_tokens / max(1, lengths.num_forest_tokens)
     print(
-        f"  a forest computes {lengths.num_forest_tokens:,} of {lengths.num_tokens:,} tokens "
-        f"(a factor of {saving:.2f}), all sequences in one"
+        f"  of {lengths.num_tokens:,} tokens forests compute {lengths.num_step_tokens:,} in steps of "
+        f"{lengths.step_size} sequences, groups together (a factor of {lengths.step_saving:.2f}); one forest of all "
+        f"{lengths.num_forest_tokens:,} (a factor of {lengths.saving:.2f})"
     )

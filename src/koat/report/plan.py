@@ -24,7 +24,7 @@ def print_plan(plan: dict[str, Any], tokens: int) -> None:
         ("head, or", format_bytes(plan["head_bytes"])),
         ("  workspace of the backward pass", format_bytes(plan["workspace_bytes"])),
         ("memory while training, about", format_bytes(plan["peak_bytes"])),
-        ("memory while scoring, about", format_bytes(plan["evaluation_peak_bytes"])),
+        (f"memory while scoring {tokens:,} tokens at once, about", format_bytes(plan["evaluation_peak_bytes"])),
         ("disk: result and checkpoints", format_bytes(plan["disk_bytes"])),
     ]
     print_table(make_table(f"Plan: {plan['method']}", ("", ""), [*rows, *list_pace(plan["pace"])]))

@@ -25,6 +25,8 @@ class ProgressLine:
         self._terminal = self._stream.isatty()
         self._began = self._shown = time.monotonic()
         self._width = 0
+        self.start = 0
+        """What was done before this line began, in an earlier session."""
 
     def update(self, done: int, total: int, detail: str = "") -> None:
         """Say that `done` of `total` is done."""
@@ -34,7 +36,7 @@ class ProgressLine:
             return
         self._shown = now
         elapsed = now - self._began
-        left = elapsed / max(done, 1) * (total - done)
+        left = elapsed / max(done - self.start, 1) * (total - done)
         ending = f"{format_seconds(elapsed)} in all" if last else f"{format_seconds(left)} left"
         text = " · ".join(part for part in (f"{self._title} {done}/{total}", detail, ending) if part)
         if self._terminal:
@@ -63,6 +65,8 @@ class TrainingDisplay:
 
     def show(self, record: Any) -> None:
         """Show one step: smoothed loss, original tokens per second, time left."""
+        if self._loss is None:
+            self._line.start = record.step - 1
         self._tokens += record.tokens
         self._seconds += record.seconds
         self._loss = record.loss if self._loss is None else 0.9 * self._loss + 0.1 * record.loss

@@ -21,6 +21,7 @@ TEMPLATES: dict[Language, dict[str, str]] = {
         "needed": ": about {number} would be needed.",
         "many": ": more than a million would be needed.",
         "more": ": more would be needed.",
+        "seeds": ": the seeds spread too far for any number of items to tell; more seeds would be needed.",
         "none": ": they score the same.",
         "smallest": "{items} items would have shown a difference of {points} points (power 0.8).",
         "blind": "{items} items could have shown no difference at all: the two hardly disagree.",
@@ -35,6 +36,7 @@ TEMPLATES: dict[Language, dict[str, str]] = {
         "needed": ": 약 {number}개가 필요함.",
         "many": ": 백만 개 넘게 필요함.",
         "more": ": 더 많이 필요함.",
+        "seeds": ": 시드에 따른 차이가 커서 문항을 늘려도 구별되지 않음. 시드가 더 필요함.",
         "none": ": 점수가 같음.",
         "smallest": "문항 {items}개로는 {points}점 이상의 차이를 볼 수 있음 (검정력 0.8).",
         "blind": "문항 {items}개로는 어떤 차이도 볼 수 없음: 두 답이 거의 같음.",
@@ -84,18 +86,18 @@ def say_comparison(comparison: Mapping[str, Any], num_comparisons: int, language
         test=TESTS_KO.get(comparison["test"], comparison["test"]) if language == "ko" else comparison["test"],
         p=f"Holm {corrected}" if num_comparisons > 1 else corrected, p_alone=format_p(comparison["p"]),
         items=f"{comparison['num_items']:,}", num_comparisons=num_comparisons,
-        needed=say_needed(needed, comparison["num_items"], language),
+        needed=say_needed(needed, comparison, language),
     )  # fmt: skip
 
 
-def say_needed(needed: int | None, num_items: int, language: Language = "en") -> str:
-    """Return how many items would be needed, in two digits, with the colon before it."""
+def say_needed(needed: int | None, comparison: Mapping[str, Any], language: Language = "en") -> str:
+    """Return how many items would be needed, in two digits, with the colon before it, or that seeds are wanting."""
     words = TEMPLATES[language]
     if needed is None:
-        return words["none"]
+        return words["seeds" if comparison["value"] else "none"]
     if needed > MILLION:
         return words["many"]
-    if needed <= num_items:
+    if needed <= comparison["num_items"]:
         return words["more"]
     return words["needed"].format(number=f"{round_up(needed):,}")
 

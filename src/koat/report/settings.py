@@ -8,13 +8,9 @@ from koat.core.config import Resolved, describe
 from koat.report.tables import make_table, print_table
 
 
-def print_settings(resolved: Resolved[Any], everything: bool = True) -> None:
-    """Print settings, their values and where each comes from; without `everything` only those that are set."""
-    rows = [
-        (row.key, show_value(row.value), row.origin)
-        for row in describe(resolved)
-        if everything or row.origin != "default"
-    ]
+def print_settings(resolved: Resolved[Any]) -> None:
+    """Print settings, their values and where each comes from."""
+    rows = [(row.key, show_value(row.value), row.origin) for row in describe(resolved)]
     print_table(make_table("Settings", ("setting", "value", "origin"), rows, numeric=9))
 
 

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import (
     handle_stop_sequences,
@@ -30,8 +29,8 @@ from koat.core.errors import ConfigError, DataError
 from koat.evaluation.continuations import Ending, continue_prompts
 from koat.evaluation.contract import Parts, describe_conditions
 from koat.evaluation.harness.request_tokens import RequestEncoder
+from koat.evaluation.room import count_root_tokens
 from koat.evaluation.spans import Span, score_spans
-from koat.forest.root import take_root
 from koat.forest.score import Layout, unwrap
 
 MAX_NEW_TOKENS = 256
@@ -91,10 +90,8 @@ class KoatLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
     @property
     def max_length(self) -> int:
         """Tokens that the model sees at once, the last target left out."""
-        with torch.no_grad():
-            root = take_root(self.model, 1)
         whole = self.options.max_length or resolve_max_length(unwrap(self.model).config, self.tokenizer)
-        return int(whole) - (root.num_tokens if root else 0)
+        return int(whole) - count_root_tokens(self.model)
 
     @property
     def eot_token_id(self) -> int | None:

@@ -203,6 +203,8 @@ def _find_problem(scored: Scored) -> str:
         return "its predictions are not beside it (removed, or another evaluation has taken their place)."
     if len(scored.predictions) != scored.num_items:
         return f"it is over {scored.num_items} items, and {len(scored.predictions)} predictions are beside it."
+    if not all(0 <= value <= 1 for value in scored.values.values()):
+        return "it is no share between 0 and 1; only shares are compared."
     mean = sum(scored.values.values()) / scored.num_items
     if abs(mean - scored.value) > 1e-6:
         return f"it is {scored.value:.4f}, but the mean of its predictions is {mean:.4f}."
