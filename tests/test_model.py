@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from koat.core.errors import ModelError
 from koat.core.settings import ModelSettings
 from koat.model import (
+    build_empty,
     fingerprint_base,
     load_config,
     load_model,
@@ -229,3 +230,42 @@ def test_a_fingerprint_tells_bases_apart(base) -> None:
     stored = json.loads((base / "config.json").read_text(encoding="utf-8"))
     (base / "config.json").write_text(json.dumps({**stored, "rms_norm_eps": 0.1}), encoding="utf-8")
     assert take() not in {first, second}
+
+
+def test_a_fingerprint_does_not_hang_on_what_transformers_adds(base, monkeypatch) -> None:
+    """A release that gives a configuration one more attribute makes no other model of it."""
+    config = load_config(settle(base))
+    before = fingerprint_base(settle(base), config)
+    plain = type(config).to_dict
+    monkeypatch.setattr(type(config), "to_dict", lambda self: {**plain(self), "came_later": 1})
+    assert fingerprint_base(settle(base), load_config(settle(base))) == before
+
+
+@pytest.mark.parametrize("device", ["cuda:1", "cuda:7"])
+def test_a_gpu_that_is_not_there(monkeypatch, device) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert pick_device("cuda:0") == torch.device("cuda:0")
+    with pytest.raises(ModelError, match=f"{device} was asked for, and PyTorch sees 1 GPUs"):
+        pick_device(device)
+
+
+def test_a_missing_shard_is_not_called_a_pickle(base) -> None:
+    (base / WEIGHTS).rename(base / "model-00001-of-00002.safetensors")
+    index = {"metadata": {}, "weight_map": {"lm_head.weight": "model-00002-of-00002.safetensors"}}
+    (base / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    assert "pickled" not in refuse(load_model, settle(base))
+
+
+def test_code_that_was_trusted_is_trusted_without_weights_too(base, tmp_path) -> None:
+    code = (
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own_llama'\n"
+        "class OwnModel(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    (base / "own.py").write_text(code, encoding="utf-8")
+    stored = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    names = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    (base / "config.json").write_text(json.dumps({**stored, "model_type": "own_llama", "auto_map": names}))
+    config = load_config(settle(base, trust_remote_code=True))
+    assert type(build_empty(config)).__name__ == "OwnModel"

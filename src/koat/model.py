@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,11 @@ def pick_device(device: str) -> torch.device:
         raise ModelError(f"model.device={device!r} is no device. Use auto, cpu, cuda or cuda:0.") from error
     if picked.type == "cuda" and not torch.cuda.is_available():
         raise ModelError(f"model.device={device} was asked for, but PyTorch sees no CUDA GPU here. Use cpu or auto.")
+    if picked.type == "cuda" and (picked.index or 0) >= torch.cuda.device_count():
+        raise ModelError(
+            f"model.device={device} was asked for, and PyTorch sees {torch.cuda.device_count()} GPUs here, counted "
+            "from cuda:0."
+        )
     return picked
 
 
@@ -141,16 +147,20 @@ def load_model(settings: ModelSettings) -> Any:
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelError(_explain(settings, "weights", error)) from error
     model, report = loaded
-    missing = sorted(report["missing_keys"])
+    _check_complete(settings, report["missing_keys"])
+    settle_kernels(model.requires_grad_(False).eval())
+    try:
+        return model if quantised else model.to(device)
+    except torch.OutOfMemoryError as error:
+        raise ModelError(_explain(settings, "weights", error)) from error
+
+
+def _check_complete(settings: ModelSettings, missing: Collection[str]) -> None:
     if missing:
         raise ModelError(
             f"The weights of the base model {settings.base!r} are not all there: {len(missing)} tensors are missing, "
-            f"the first is {missing[0]}. They would be random. Save or download the model again."
+            f"the first is {min(missing)}. They would be random. Save or download the model again."
         )
-    model.requires_grad_(False)
-    model.eval()
-    settle_kernels(model)
-    return model if quantised else model.to(device)
 
 
 def pick_attention(attention: str, config: Any, device: torch.device) -> str | None:
@@ -164,8 +174,10 @@ def build_empty(config: Any) -> Any:
     """Build a model without weights (meta device), to count and to measure."""
     from transformers import AutoModelForCausalLM
 
+    # A configuration whose class came with the model was loaded under model.trust_remote_code=true.
+    was_trusted = type(config).__module__.startswith("transformers_modules.")
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=was_trusted)  # type: ignore[no-untyped-call]
 
 
 def count_parameters(model: torch.nn.Module) -> int:
@@ -183,10 +195,12 @@ def find_context_length(config: Any) -> int | None:
 
 def fingerprint_base(settings: ModelSettings, config: Any) -> str:
     """Return a short hash that tells base models apart: configuration, weight files' headers and ends."""
-    # Where a model lies and what last wrote its configuration do not make it another model.
-    facts = {key: value for key, value in config.to_dict().items() if key[0] != "_" and key != "transformers_version"}
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
     where = Path(locate_base(settings.base))
+    # As it is stored: what a configuration's class adds by default changes with transformers, and with it no model.
+    stored, _ = type(config).get_config_dict(locate_base(settings.base), revision=settings.revision)
+    # Where a model lies and what last wrote its configuration do not make it another model.
+    facts = {key: value for key, value in stored.items() if key[0] != "_" and key != "transformers_version"}
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
     for path in sorted(where.glob("*.safetensors")) if where.is_dir() else []:
         with path.open("rb") as file:
             digest.update(f"{path.name}:{path.stat().st_size}".encode())
@@ -201,7 +215,11 @@ def fingerprint_base(settings: ModelSettings, config: Any) -> str:
 def _explain(settings: ModelSettings, what: str, error: Exception) -> str:
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     text = f"The {what} of the base model {settings.base!r} could not be loaded: {first}"
-    if "safetensors" in first:
+    folder = Path(settings.base)
+    pickled = folder.is_dir() and any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors"))
+    if isinstance(error, torch.OutOfMemoryError):
+        text += " It is larger than the memory that is free: see `koat plan --fit`, or set model.quantisation=nf4."
+    elif "safetensors" in first and (pickled or not folder.is_dir()):
         text += " koat opens no pickled weights (.bin): convert them once with transformers' save_pretrained."
     elif "trust_remote_code" in str(error) or "custom code" in str(error):
         text += " This model brings Python code of its own; to run it, set model.trust_remote_code=true."

@@ -132,3 +132,13 @@ def test_offloading_to_the_cpu_is_refused_on_the_cpu(tmp_path) -> None:
     status, _, error = call_koat("finetune", *flags, *settings)
     assert status == 2 and "this run is on the CPU" in error
     assert not (tmp_path / "out").exists()
+
+
+def test_types_that_contradict_each_other_are_refused() -> None:
+    with pytest.raises(AdapterError, match=r"precision=float32 cannot be had with model\.dtype=bfloat16"):
+        check(LoraSettings(), {"precision": "float32"}, dtype="bfloat16")
+    with pytest.raises(AdapterError, match="loss scaling"):
+        check(LoraSettings(), dtype="float16")
+    check(LoraSettings(), {"precision": "bfloat16"}, dtype="bfloat16")
+    check(LoraSettings(), {"precision": "bfloat16"}, dtype="float32")
+    check(LoraSettings(), dtype="bfloat16")

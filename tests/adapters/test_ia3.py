@@ -14,6 +14,8 @@ from transformers import AttentionInterface
 from koat.adapters.attach import attach_adapter, count_trainable, restore_adapter, save_adapter
 from koat.adapters.lean import Rescale
 from koat.adapters.methods import Ia3Settings
+from tests.family_models import FAMILIES as ALL_FAMILIES
+from tests.family_models import make_family
 
 FAMILIES = ["gpt_neox", "llama", "mistral", "qwen2", "qwen3", "gpt2"]
 FUSED = ["gpt_neox", "gpt2"]
@@ -396,3 +398,19 @@ def test_nothing_is_kept_that_a_frozen_vector_does_not_need() -> None:
         assert saved == [torch.Size([5])]
         Rescale.apply(activation, torch.ones(5, requires_grad=True))
     assert saved[1:] == [torch.Size([6, 5]), torch.Size([5])]
+
+
+@pytest.mark.parametrize("family", ["falcon-grouped", "llama"])
+def test_a_last_layer_s_output_may_be_changed_in_place(family) -> None:
+    """Falcon adds the attention's output to it in place, and a vector there needs what it scaled."""
+    inner = ALL_FAMILIES[family].inner.rpartition(".")[2]
+    wrapped = attach_adapter(make_family(family), Ia3Settings(targets=[inner], feedforward=[]))
+    plain = get_peft_model(make_family(family), copy.deepcopy(wrapped.peft_config["default"]))
+    gradients = []
+    for each in (wrapped, plain):
+        each(input_ids=IDS, labels=IDS).loss.backward()
+        gradients.append([vector.grad for vector in list_vectors(each).values()])
+    assert len(gradients[0]) == len(gradients[1]) > 0
+    for ours, theirs in zip(*gradients, strict=True):
+        assert theirs.norm() > 0
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)

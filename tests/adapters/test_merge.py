@@ -121,6 +121,8 @@ def test_a_prefix_cannot_be_merged(make_model, tmp_path: Path) -> None:
     stored = {key: getattr(value, "value", value) for key, value in model.peft_config["default"].to_dict().items()}
     with pytest.raises(AdapterError, match=r"PREFIX_TUNING.*cannot be merged"):
         check_mergeable(stored, "here")
+    with pytest.raises(AdapterError, match="koat merges IA3 and LoRA"):
+        check_mergeable({"peft_type": "LOHA"}, "here")
     check_mergeable({"peft_type": "LORA", "bias": "none"}, "here")
     for more in ({"bias": "all"}, {"modules_to_save": ["lm_head"]}):
         with pytest.raises(AdapterError, match="merge_and_unload"):

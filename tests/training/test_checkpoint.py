@@ -155,3 +155,12 @@ def test_training_goes_on_as_if_it_had_never_stopped(
         state, rest = go(tmp_path / str(step), tmp_path / "whole" / f"step-{step:06d}")
         assert rest == losses[step:]
         assert all(torch.equal(state[name], tensor) for name, tensor in whole.items())
+
+
+def test_the_oldest_checkpoint_goes_when_steps_get_a_digit_more(tmp_path, monkeypatch) -> None:
+    for step in (999_998, 999_999):
+        (tmp_path / f"step-{step:06d}").mkdir()
+    for name in ("read_adapter_state", "flatten_optimizer"):
+        monkeypatch.setattr(f"koat.training.checkpoint.{name}", lambda *_: {"a": torch.zeros(1)})
+    save_checkpoint(tmp_path, None, None, TrainingState(step=1_000_000), keep=2)
+    assert {path.name for path in tmp_path.iterdir()} == {"step-999999", "step-1000000"}

@@ -16,7 +16,7 @@ from peft.tuners.ia3 import IA3Config
 from peft.tuners.ia3.layer import IA3Layer
 from torch import Tensor, nn
 
-from koat.adapters.architectures import find_architecture, is_transposed, mark_queries
+from koat.adapters.architectures import UnknownFamilyError, find_architecture, is_transposed, mark_queries
 from koat.adapters.lean import rescale, rescale_output
 from koat.adapters.refine import is_refinable, mix_in
 from koat.adapters.targets import read_peft_default, resolve_roles
@@ -31,6 +31,8 @@ class Ia3Linear(nn.Module, IA3Layer):
 
     held: Tensor | None
     num_held: int
+    is_last: bool
+    """Whether it ends a feed-forward block."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Apply the layer to `x` `[..., in]` and rescale its input or its output."""
@@ -41,7 +43,10 @@ class Ia3Linear(nn.Module, IA3Layer):
         if self.is_feedforward:
             x = rescale(x, vector)
         result: Tensor = self.base_layer(x, *args, **kwargs)
-        return result if self.is_feedforward else rescale_output(result, vector, self.held)
+        if self.is_feedforward:
+            return result
+        # Falcon adds to its last feed-forward layer's output in place: what is kept must not be that.
+        return rescale(result, vector) if self.is_last else rescale_output(result, vector, self.held)
 
     def combine_vectors(self) -> Tensor | None:
         """Return the product of the active adapters' vectors, `[d, 1]` or `[1, d]` as PEFT stores them.
@@ -117,17 +122,27 @@ def refine_ia3_layers(model: nn.Module, holds: bool) -> None:
     The class of each layer is changed in place: its parameters, names and files stay PEFT's.
     """
     config: Any = model.config
+    inner = find_inner(config)
     for name, module in model.named_modules():
         if not is_refinable(module, "ia3"):
             continue
         mix_in(module, Ia3Linear)
         layer: Any = module
         held, layer.num_held = None, 0
+        layer.is_last = inner is not None and name.endswith(f".{inner}")
         if holds and not layer.is_feedforward and _is_fused(name, config):
             held = mark_queries(find_architecture(config), config)
             layer.num_held = int(held.sum())
             held = held.to(next(iter(layer.ia3_l.values())).device)
         layer.register_buffer("held", held, persistent=False)
+
+
+def find_inner(config: Any) -> str | None:
+    """Return the layer that ends a feed-forward block, where the family is known and has one."""
+    try:
+        return find_architecture(config).inner
+    except UnknownFamilyError:
+        return None
 
 
 def _is_fused(name: str, config: Any) -> bool:

@@ -21,6 +21,7 @@ from koat.quantise.weights import list_quantised
 
 MERGEABLE = {"IA3", "LORA", WHOLE}
 """PEFT's types whose product is a change of weights, and the method that changes them itself."""
+SOFT = {"PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING"}
 
 
 def check_mergeable(stored: dict[str, Any], where: str, method: str = "") -> None:
@@ -29,7 +30,9 @@ def check_mergeable(stored: dict[str, Any], where: str, method: str = "") -> Non
     `stored` is its PEFT configuration, `method` koat's name for how it was trained, where that is known.
     """
     kind = str(stored["peft_type"])
-    if kind not in MERGEABLE or (method and not find_method(method).mergeable):
+    if kind not in MERGEABLE | SOFT:
+        raise AdapterError(f"{where} is a {kind} adapter; koat merges IA3 and LoRA. Use PEFT's merge_and_unload.")
+    if kind in SOFT or (method and not find_method(method).mergeable):
         raise AdapterError(
             f"{where} is a {kind} adapter: it lives in the sequence, not in the weights, so it cannot be merged. "
             "Use it as it is (`koat eval` and plain PEFT open it), or train ia3 or lora, which merge."

@@ -139,7 +139,21 @@ def check_combination(adapter: Section, model: ModelSettings, training: Training
             "training.activation_offload moves what activation checkpointing keeps, and that is off. "
             "Set training.activation_checkpointing=true, or training.activation_offload=false."
         )
+    _check_types(model, training)
     _check_base(method, adapter, model)
+
+
+def _check_types(model: ModelSettings, training: TrainingSettings) -> None:
+    if model.dtype == "float16":
+        raise AdapterError(
+            "model.dtype=float16: small gradients vanish in it without loss scaling, which koat does not do. Train "
+            "with model.dtype=bfloat16, or with model.dtype=float32 and training.precision=bfloat16."
+        )
+    if model.dtype == "bfloat16" and training.precision == "float32":
+        raise AdapterError(
+            "training.precision=float32 cannot be had with model.dtype=bfloat16: a model computes in the type of its "
+            "weights. Leave one of the two out, or set both alike."
+        )
 
 
 def _check_base(method: Method, adapter: Section, model: ModelSettings) -> None:

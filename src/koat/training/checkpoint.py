@@ -52,7 +52,7 @@ def save_checkpoint(
         if state.best:
             save_file(state.best, draft / "best.safetensors")
         (draft / "done.json").write_text(json.dumps(facts), encoding="utf-8")
-    for old in sorted(folder.glob("step-*"))[:-keep]:
+    for old in sorted(folder.glob("step-*"), key=lambda path: (len(path.name), path.name))[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return path
 

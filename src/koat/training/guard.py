@@ -30,7 +30,8 @@ class LossGuard:
         if not math.isfinite(loss) or not math.isfinite(gradient_norm):
             raise TrainingError(
                 f"Step {step}: loss {loss}, gradient norm {gradient_norm}. Training cannot go on from there. "
-                "Lower training.learning_rate, or set training.precision=float32. The last checkpoint is whole."
+                "Train anew with a lower training.learning_rate, or in training.precision=float32 if this was not; "
+                "--resume would come to the same step. The run's last checkpoint, if it has one, is whole."
             )
         usual = median(self._recent) if len(self._recent) >= 10 else None
         self._recent.append(loss)

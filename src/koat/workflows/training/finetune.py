@@ -77,7 +77,7 @@ def claim_run(config: RunConfig, out: Path, resume: bool, overwrite: bool) -> Ru
     A run that is to be replaced stays until `begin_run`, when nothing can be wrong with the new one any more.
     """
     if not resume:
-        return RunFolder(out) if overwrite else RunFolder.create(out)
+        return RunFolder.check_overwrite(out) if overwrite else RunFolder.create(out)
     run = RunFolder.open(out, require=("config.yaml",))
     if run.is_complete():
         raise RunFolderError(f"The run in {out} is finished; there is nothing to resume.")
@@ -131,6 +131,8 @@ def make_accelerator(model: ModelSettings, training: TrainingSettings) -> Accele
         # Accelerate keeps the first run's device and precision for the whole process, and refuses others.
         AcceleratorState._reset_state(reset_partial_state=True)
     device = pick_device(model.device)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # one process' Accelerator computes on the current one
     mixed = "bf16" if model.dtype == "float32" and pick_precision(training, device) == torch.bfloat16 else "no"
     return Accelerator(cpu=device.type == "cpu", mixed_precision=mixed)
 
