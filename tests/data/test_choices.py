@@ -42,3 +42,12 @@ def test_the_longest_choice_counts_for_the_limit(plain: Any) -> None:
     assert (kept.report.num_dropped, kept.report.longest) == (1, longest)
     with pytest.raises(Exception, match="longer than max_length"):
         encode(plain, choices=long, max_length=longest - 1)
+
+
+def test_a_wrong_answer_ends_as_often_as_the_right_one(plain: Any) -> None:
+    """Chat templates write the end themselves; a second one would be a token that only wrong answers have."""
+    ending = TextTemplate("ending", ("{document}:",), " {label}<|endoftext|>")
+    for sequence in encode(plain, ending, choices=WORDS).sequences:
+        for choice in sequence.list_choices():
+            assert choice.token_ids.count(plain.eos_token_id) == 1
+            assert choice.token_ids[-1] == plain.eos_token_id

@@ -12,7 +12,7 @@ from koat.core.settings import ModelSettings
 from koat.model import load_model, pick_dtype
 from koat.quantise import load as loading
 from koat.quantise.check import check_quantised_layers
-from koat.quantise.weights import list_linears, list_quantised
+from koat.quantise.weights import list_quantised, read_linear_shapes
 from tests.quantised_base import load_quantised, write_wide
 
 QUANTISATIONS = ["8bit", "nf4", "nf4-double"]
@@ -59,11 +59,11 @@ def test_layers_that_would_come_out_wrong_stay_as_they_are(make_model, tmp_path,
     monkeypatch.setattr(loading, "blocks_cross_rows", lambda: False)
     found = load_quantised(tmp_path, "nf4")
     quantised = set(list_quantised(found))
-    assert set(list_linears(model)) - quantised == {f"model.layers.{depth}.mlp.down_proj" for depth in range(3)}
+    assert set(read_linear_shapes(model)) - quantised == {f"model.layers.{depth}.mlp.down_proj" for depth in range(3)}
     assert torch.equal(found.model.layers[1].mlp.down_proj.weight, model.model.layers[1].mlp.down_proj.weight)
     assert type(found.lm_head).__name__ == "Linear"
     assert "3 of 21 linear layers stay unquantised" in caplog.text
-    assert set(list_quantised(load_quantised(tmp_path, "8bit"))) == set(list_linears(model))
+    assert set(list_quantised(load_quantised(tmp_path, "8bit"))) == set(read_linear_shapes(model))
 
 
 def test_a_model_of_which_nothing_can_be_quantised_is_refused(make_model, tmp_path, monkeypatch) -> None:

@@ -25,6 +25,8 @@ class Kept:
     blobs: dict[str, bytes] = field(default_factory=dict)
     """Large files by their SHA-256."""
     files: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    private: dict[str, bool] = field(default_factory=dict)
+    """As a repository was first made."""
     commits: int = 0
     seen: list[str] = field(default_factory=list)
     refuse: dict[str, int] = field(default_factory=dict)
@@ -71,6 +73,7 @@ class Handler(BaseHTTPRequestHandler):
             owner, name = request.get("organization") or "me", request["name"]
             self.kept.created.append(request)
             self.kept.files.setdefault(f"{owner}/{name}", {})
+            self.kept.private.setdefault(f"{owner}/{name}", request.get("visibility") == "private")
             self.answer({"url": f"{self.address}/{owner}/{name}", "id": f"{owner}/{name}"})
         elif path == "/api/validate-yaml":
             self.answer({"errors": [], "warnings": []})
@@ -84,6 +87,15 @@ class Handler(BaseHTTPRequestHandler):
             self.commit("/".join(path.split("/")[3:5]), body)
         else:
             self.answer({"error": f"unknown: {path}"}, 404)
+
+    def do_GET(self) -> None:
+        if self.is_refused():
+            return
+        repo = self.path.split("?")[0].removeprefix("/api/models/")
+        if repo in self.kept.private:
+            self.answer({"id": repo, "private": self.kept.private[repo]})
+        else:
+            self.answer({"error": f"unknown: {repo}"}, 404)
 
     def do_PUT(self) -> None:
         if self.is_refused():

@@ -14,9 +14,14 @@ from safetensors.torch import load_file, save_file
 
 import koat
 from koat.core.json_lines import read_lines
+from koat.core.settings import ModelSettings
+from koat.evaluation.catalogue import load_task
+from koat.model import load_tokenizer
 from koat.workflows.comparing.report import list_commands
 from koat.workflows.comparing.scored import collect_sources, group_subjects
-from tests.tiny_base import call_koat, write_base
+from koat.workflows.evaluating.asking import ASK
+from koat.workflows.evaluating.subject import open_subject
+from tests.tiny_base import call_koat, make_rows, write_base, write_rows
 
 TASK = "nsmc-prompt1"
 NAME = "adapter_model.safetensors"
@@ -190,3 +195,51 @@ def test_a_pickled_base_is_refused_with_a_way_out(place: Path, tmp_path: Path) -
     torch.save(state, tmp_path / "pickled" / "pytorch_model.bin")
     with pytest.raises(koat.ModelError, match="safetensors"):
         koat.load(tmp_path / "pickled")
+
+
+def test_a_task_that_fails_costs_nothing_of_those_before(
+    finished: Path, reviews: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(run / "predictions", ignore_errors=True)
+    asked: list[str] = []
+
+    def ask(subject: Any, task: Any, *more: Any) -> Any:
+        asked.append(task.name)
+        if len(asked) > 1:
+            raise ZeroDivisionError("the second task")
+        return ask_own(subject, task, *more)
+
+    (kind,) = {type(load_task(TASK))}
+    ask_own = ASK[kind]
+    monkeypatch.setitem(ASK, kind, ask)
+    with pytest.raises(ZeroDivisionError):
+        koat.evaluate(run, tasks=[TASK, "nsmc-prompt2"], data=reviews["test"], num_shots=0)
+    (kept,) = (run / "predictions").glob("*.scores.json")
+    assert [result["task"] for result in json.loads(kept.read_text(encoding="utf-8"))["results"]] == [TASK]
+    monkeypatch.setitem(ASK, kind, ask_own)
+    koat.evaluate(run, tasks=[TASK, "nsmc-prompt2"], data=reviews["test"], num_shots=0)
+    (whole,) = (run / "predictions").glob("*.scores.json")
+    assert len(json.loads(whole.read_text(encoding="utf-8"))["results"]) == 2
+
+
+def test_padded_rows_are_run_where_they_are_asked_for(place: Path) -> None:
+    settings = ModelSettings(base=str(place / "base"), layout="padded")
+    subject = open_subject(str(place / "base"), settings)
+    assert not subject.layout.shares
+    assert subject.verification.reason == "model.layout=padded"
+
+
+@pytest.mark.parametrize("method", ["prompt", "prefix"])
+def test_a_soft_prompt_takes_its_part_of_the_context(method: str, place: Path, tmp_path: Path) -> None:
+    """The tiny base sees 256 tokens, 20 of which are the prompt's."""
+    tokenizer = load_tokenizer(ModelSettings(base=str(place / "base")))
+    word, end = tokenizer.encode(" 비가"), 1
+    text = " 비가" * ((220 - end) // len(word))
+    data = write_rows(tmp_path / "long.jsonl", [{"instruction": "오늘", "output": text}, *make_rows(4)])
+    flags = ["--base", place / "base", "--data", data, "--out", tmp_path / "run", "training.max_steps=1"]
+    status, _, error = call_koat("finetune", *flags, "--method", method)
+    assert status == 2
+    assert "236" in error
+    status, _, error = call_koat("finetune", *flags, "--method", "ia3", "--overwrite")
+    assert status == 0, error

@@ -18,9 +18,12 @@ import koat
 from koat.core.config_files import dump_yaml, read_config_file
 from koat.core.errors import ConfigError, RunFolderError, TrainingError
 from koat.core.json_lines import read_lines
+from koat.core.settings import DataSettings
 from koat.report.experiment import print_cells
 from koat.workflows.experiment import jobs as experiment_jobs
+from koat.workflows.experiment import run as experiment_run
 from koat.workflows.experiment.cells import ExperimentPlan, describe_evaluation
+from koat.workflows.experiment.checks import check_files
 from koat.workflows.experiment.file import Evaluation, list_experiments, load_experiment, read_experiment, split_items
 from koat.workflows.experiment.plan import describe_cells, plan_experiment
 from koat.workflows.experiment.run import Outcome, Watch, hold_cell
@@ -249,6 +252,47 @@ def test_data_beneath_a_folder_of_benchmarks_is_watched(tmp_path: Path) -> None:
     assert describe_evaluation(asked, out) == before
     items.write_text('{"n": 22}\n', encoding="utf-8")
     assert describe_evaluation(asked, out) != before
+
+
+def test_a_task_s_own_file_and_the_split_are_watched(inputs: dict[str, str], tmp_path: Path) -> None:
+    task = tmp_path / "mine.yaml"
+    task.write_text("prompt: one\n", encoding="utf-8")
+    asked = Evaluation(tasks=[str(task)], data=inputs["test"])
+    before = describe_evaluation(asked, tmp_path / "out")
+    assert set(before["files"]) == {inputs["test"], str(task)}
+    task.write_text("prompt: another\n", encoding="utf-8")
+    assert describe_evaluation(asked, tmp_path / "out") != before
+    split = DataSettings(train=["a.json"], validation=["b.json"], splits=Path("split.tsv"))
+    assert split.list_files() == ["a.json", "b.json", "split.tsv"]
+
+
+def test_parts_of_saved_data_are_no_missing_files(inputs: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "saved").mkdir()
+    plan = plan_small(tmp_path / "out", {**inputs, "train": f"{tmp_path / 'saved'}:train"})
+    assert list(check_files(plan)) == []
+    with pytest.raises(ConfigError, match="gone:train: there is no such file"):
+        plan_small(tmp_path / "out2", {**inputs, "train": f"{tmp_path / 'gone'}:train"})
+
+
+def test_a_report_that_cannot_be_written_hides_no_failure(
+    inputs: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> Path:
+        raise koat.DataError("nothing to draw")
+
+    monkeypatch.setattr(experiment_run, "write_experiment_report", refuse)
+    said: list[str] = []
+
+    def fail(cell: str, record: Any) -> None:
+        if cell == "slow-seed0":
+            raise koat.TrainingError("the loss is no number")
+
+    with pytest.raises(TrainingError, match="slow-seed0: the loss is no number"):
+        koat.experiment(
+            write_file(tmp_path), out=tmp_path / "out", inputs=inputs, watch=Watch(said.append, on_step=fail)
+        )
+    assert (tmp_path / "out" / "comparison.csv").is_file()
+    assert "! no report: nothing to draw" in said
 
 
 def test_changed_data_is_refused_and_overwriting_trains_again(inputs: dict[str, str], tmp_path: Path) -> None:

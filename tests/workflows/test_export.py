@@ -58,6 +58,21 @@ def test_vllm_takes_lora_as_it_is_and_not_ia3(place: Path, finished: Path, tmp_p
     assert not (tmp_path / "other").exists()
 
 
+def test_an_exported_adapter_is_replaced_when_asked(place: Path, tmp_path: Path) -> None:
+    run, out = tmp_path / "lora", tmp_path / "served"
+    flags = ["--base", place / "base", "--data", place / "rows.jsonl", "--method", "lora", "--out", run]
+    status, _, error = call_koat("finetune", *flags, "training.max_steps=1")
+    assert status == 0, error
+    export_model(run, "vllm", out, as_adapter=True)
+    (out / "README.txt").write_text("old", encoding="utf-8")
+    with pytest.raises(koat.RunFolderError, match="--overwrite to replace it"):
+        export_model(run, "vllm", out, as_adapter=True)
+    export_model(run, "vllm", out, as_adapter=True, overwrite=True)
+    assert "--enable-lora" in (out / "README.txt").read_text(encoding="utf-8")
+    with pytest.raises(koat.RunFolderError, match="no exported adapter"):
+        export_model(run, "vllm", run / "adapter", as_adapter=True, overwrite=True)
+
+
 def test_what_cannot_be_exported(place: Path, finished: Path, tmp_path: Path) -> None:
     refused: list[tuple[Any, str, str]] = [
         (finished, "vlm", "did you mean 'vllm'"),

@@ -56,7 +56,7 @@ def test_the_command_prints_it(place: Path) -> None:
     )
     assert status == 0, error
     assert "30 rows" in out
-    assert "a forest computes" in out
+    assert "in steps of 16 sequences" in out and "one forest of all" in out
     assert "정답:«" in out
 
 

@@ -174,3 +174,12 @@ def test_a_server_that_is_not_there(hub: LocalHub, run: Path, monkeypatch: pytes
 def test_a_name_that_is_none(hub: LocalHub, run: Path) -> None:
     with pytest.raises(HubError, match="OWNER/NAME"):
         send_upload(prepare_upload(run, "me/what is this"))
+
+
+def test_nothing_private_goes_into_a_public_repository(hub: LocalHub, run: Path) -> None:
+    assert call_koat("push", run, "me/mine", "--licence", "mit")[0] == 0
+    commits = hub.kept.commits
+    status, _, error = call_koat("push", run, "me/mine", "--private", "--licence", "mit")
+    assert status == 2
+    assert "exists already and is public" in " ".join(error.split())
+    assert hub.kept.commits == commits

@@ -6,7 +6,6 @@ import hashlib
 from pathlib import Path
 from typing import TypedDict
 
-from koat.core.atomic import encode_text
 from koat.core.errors import DataError
 
 
@@ -25,9 +24,3 @@ def fingerprint_file(path: str | Path) -> Fingerprint:
             return {"sha256": digest.hexdigest(), "bytes": file.tell()}
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
-
-
-def fingerprint_text(text: str) -> Fingerprint:
-    """Return the SHA-256 and size of a text in UTF-8."""
-    data = encode_text(text)
-    return {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}

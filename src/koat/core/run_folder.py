@@ -33,15 +33,27 @@ class RunFolder:
             raise RunFolderError(f"{path} is a file; a run needs a folder. Choose another `out`.") from None
         except OSError as error:
             raise cannot_write(run.path, error.errno, error) from error
-        if held and overwrite and run.config.name not in held:
-            raise RunFolderError(f"{path} holds {_some(held)} and no run to overwrite. Choose another `out`.")
-        if held and not overwrite:
-            raise RunFolderError(
-                f"{path} is not empty: it holds {_some(held)}. Use `--resume` to go on with the run in it, "
-                "or choose another `out`."
+        if overwrite:
+            cls.check_overwrite(path)
+        elif held:
+            known = run.config.name in held
+            instead = (
+                "Use `--resume` to go on with the run in it, `--overwrite` to replace it, or choose"
+                if known
+                else "Choose"
             )
+            raise RunFolderError(f"{path} is not empty: it holds {_some(held)}. {instead} another `out`.")
         for entry in (run.manifest, run.adapter, run.metrics, run.checkpoints, run.predictions, run.config):
             remove(entry)
+        return run
+
+    @classmethod
+    def check_overwrite(cls, path: str | Path) -> RunFolder:
+        """Return a folder whose run, if it holds anything, may be replaced. Raises RunFolderError for another's."""
+        run = cls(Path(path))
+        held = sorted(entry.name for entry in run.path.iterdir()) if run.path.is_dir() else []
+        if held and run.config.name not in held:
+            raise RunFolderError(f"{path} holds {_some(held)} and no run to overwrite. Choose another `out`.")
         return run
 
     @classmethod

@@ -99,6 +99,10 @@ class DataSettings(Section):
     )
     on_bad_row: Literal["error", "skip"] = Field("error", description="Stop at a broken row, or skip and list it.")
 
+    def list_files(self) -> list[str]:
+        """Return everything that rows come from, and what divides them."""
+        return [*self.train, *self.validation, *([str(self.splits)] if self.splits else [])]
+
 
 class TrainingSettings(Section):
     """The training loop."""

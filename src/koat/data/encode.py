@@ -170,11 +170,16 @@ def _make_examples(
     examples = []
     for record, given, tail, others in rendered:
         runs = [(tail_ids[segment.text], segment.supervised) for segment in tail]
-        if not runs[-1][0] or runs[-1][0][-1] != end:
+        if not _ends(runs[-1][0], end):
             runs.append(([end], True))
         prompt = prompt_ids["".join(segment.text for segment in given)]
-        examples.append(Example(record, given, runs, prompt, [[*tail_ids[text], end] for text in others]))
+        wrong = [tail_ids[text] if _ends(tail_ids[text], end) else [*tail_ids[text], end] for text in others]
+        examples.append(Example(record, given, runs, prompt, wrong))
     return examples
+
+
+def _ends(ids: Sequence[int], end: int) -> bool:
+    return bool(ids) and ids[-1] == end
 
 
 def _encode_once(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from koat.core.errors import KoatError, ModelError
-from koat.quantise.weights import BLOCK, dequantise_4bit, list_linears, list_quantised
+from koat.quantise.weights import BLOCK, dequantise_4bit, list_quantised, read_linear_shapes
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ def blocks_cross_rows() -> bool:
 
 def list_unsafe_layers(empty: nn.Module, quantisation: str) -> list[str]:
     """Return names of layers not to quantise in 4 bit here: rows that are no whole blocks, and the head."""
-    shapes = list_linears(empty)
+    shapes = read_linear_shapes(empty)
     unsafe = [name for name, (inputs, _) in shapes.items() if inputs % BLOCK]
     why = f"rows that are no multiple of {BLOCK} come out wrong from bitsandbytes' 4-bit kernel on this processor"
     if len(unsafe) == len(shapes):

@@ -30,7 +30,7 @@ def list_quantised(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def list_linears(model: nn.Module) -> dict[str, tuple[int, int]]:
+def read_linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
     """Return (inputs, outputs) of each layer that is quantised: all linear ones but the output head."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
     shapes = {}
@@ -65,7 +65,7 @@ def count_weight_bytes(inputs: int, outputs: int, quantisation: str) -> int:
 
 def count_model_bytes(empty: nn.Module, quantisation: str, dtype: torch.dtype) -> int:
     """Return the bytes of a model's weights, from the model without weights; all but linear layers in `dtype`."""
-    shapes = [] if quantisation == "none" else list(list_linears(empty).values())
+    shapes = [] if quantisation == "none" else list(read_linear_shapes(empty).values())
     quantised = sum(count_weight_bytes(inputs, outputs, quantisation) for inputs, outputs in shapes)
     rest = sum(weight.numel() for weight in empty.parameters()) - sum(math.prod(shape) for shape in shapes)
     return quantised + rest * dtype.itemsize

@@ -49,7 +49,12 @@ class Trained:
     def read_template(self) -> PromptTemplate | None:
         """Return the prompt template that lies beside the adapter, None where there is none."""
         path = self.folder / TEMPLATE
-        return from_mapping(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+        if not path.is_file():
+            return None
+        try:
+            return from_mapping(json.loads(path.read_text(encoding="utf-8")))
+        except ValueError as error:
+            raise AdapterError(f"{path} is not valid JSON ({error}).") from error
 
 
 def is_trained(path: Path) -> bool:
@@ -84,8 +89,11 @@ def find_run(path: Path, settings: ModelSettings | None = None) -> Trained:
         given = settings.model_dump(exclude_unset=True)
         stored = stored.model_copy(update={key: value for key, value in given.items() if value != ""})
     if not run.adapter.is_dir():
-        state = "did not finish" if not run.is_complete() else "has lost it"
-        raise RunFolderError(f"{path} holds no adapter: the run {state}. Go on with `koat finetune --resume {path}`.")
+        if run.is_complete():
+            raise RunFolderError(f"{path} holds no adapter: the run has lost it. Train again with --overwrite.")
+        raise RunFolderError(
+            f"{path} holds no adapter: the run did not finish. Go on with `koat finetune --resume {path}`."
+        )
     expected = run.read_manifest()["base"]["fingerprint"]
     found = fingerprint_base(stored, load_config(stored))
     if found != expected:

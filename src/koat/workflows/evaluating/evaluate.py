@@ -5,14 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from collections.abc import Sequence as ListLike
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
-from koat.core.atomic import write_json, write_text
+from koat.core.atomic import remove, write_json, write_text
 from koat.evaluation.contract import hash_value
 from koat.evaluation.result import TaskResult
 from koat.workflows.evaluating.asking import ASK, Asking
@@ -40,7 +36,6 @@ def evaluate_subject(
     seed: int | None = None,
     chat_template: bool = False,
     token_budget: int = 8192,
-    precision: str = "auto",
     on_progress: OnProgress = lambda task, done, total: None,
 ) -> dict[str, Any]:
     """Evaluate one model on tasks, keep every prediction, and return all scores as a mapping.
@@ -53,45 +48,51 @@ def evaluate_subject(
         data, shots, Path(data_dir) if data_dir else None, Path(include_path) if include_path else None,
         num_shots, limit, seed, chat_template, token_budget,
     )  # fmt: skip
-    return evaluate_exam(subject, gather_exam(tasks, asking), precision=precision, on_progress=on_progress)
+    return evaluate_exam(subject, gather_exam(tasks, asking), on_progress=on_progress)
 
 
 def evaluate_exam(
-    subject: Subject,
-    exam: Exam,
-    *,
-    precision: str = "auto",
-    on_progress: OnProgress = lambda task, done, total: None,
+    subject: Subject, exam: Exam, *, on_progress: OnProgress = lambda task, done, total: None
 ) -> dict[str, Any]:
-    """Put every task of an exam to one model; as `evaluate_subject` does, which gathers the exam first."""
+    """Put every task of an exam to one model; as `evaluate_subject` does, which gathers the exam first.
+
+    Scores are on disk after every task: one that fails later costs nothing of those before it.
+    """
     found: dict[Key, TaskResult] = {}
-    results = []
+    report = begin_report(subject, exam)
+    path: Path | None = None
     for key, task in exam.tasks.items():
-        with Cost(next(subject.model.parameters()).device) as cost, compute_in(precision, subject.model):
+        with Cost(next(subject.model.parameters()).device) as cost:
             found[key] = ASK[type(task)](subject, task, exam.asking, report_for(task.name, on_progress))
-        results.append({**found[key].to_mapping(), "peak_bytes": cost.peak_bytes})
+        report["results"].append({**found[key].to_mapping(), "peak_bytes": cost.peak_bytes})
         keep_predictions(subject, found[key])
-    report: dict[str, Any] = {"subject": subject.name, "forest": subject.verification.to_mapping(), "results": results}
-    asked = {"target": subject.target, "task": list(exam.names), **subject.loading, **exam.asking.to_mapping()}
-    report |= {"groups": [], "notes": exam.notes, "asked": asked}
-    report["quantisation"] = subject.quantised.to_mapping() if subject.quantised else None
-    path = subject.predictions / f"{name_report(exam.names, found)}.scores.json"
-    write_json(path, report)  # before the groups: a mistake in a group's file must not cost the scores
-    if exam.groups or exam.tables:
+        before, path = path, subject.predictions / f"{name_report(exam.names, found)}.scores.json"
+        write_json(path, report)
+        if before not in (None, path):
+            remove(before)
+    if path is not None and (exam.groups or exam.tables):
         report["groups"] = describe_groups(exam, found)
         write_json(path, report)
     return report
 
 
+def begin_report(subject: Subject, exam: Exam) -> dict[str, Any]:
+    """Return what an evaluation's file of scores says before the first task."""
+    asked = {"target": subject.target, "task": list(exam.names), **subject.loading, **exam.asking.to_mapping()}
+    return {
+        "subject": subject.name,
+        "forest": subject.verification.to_mapping(),
+        "results": [],
+        "groups": [],
+        "notes": exam.notes,
+        "asked": asked,
+        "quantisation": subject.quantised.to_mapping() if subject.quantised else None,
+    }
+
+
 def report_for(name: str, on_progress: OnProgress) -> Callable[[int, int], None]:
     """Return a progress callback that knows its task."""
     return lambda done, total: on_progress(name, done, total)
-
-
-def compute_in(precision: str, model: nn.Module) -> AbstractContextManager[Any]:
-    """Return a context that computes in bfloat16 when that is asked for, else nothing."""
-    device = next(model.parameters()).device.type
-    return torch.autocast(device, torch.bfloat16) if precision == "bfloat16" else nullcontext()
 
 
 def task_stem(result: TaskResult) -> str:

@@ -70,7 +70,7 @@ class Cell:
         run, data = RunFolder(self.folder), self.resolved.settings.data
         differing = list_differences(run.read_config(), wanted)
         if not differing and run.is_complete():
-            now = fingerprint_files((*data.train, *data.validation))
+            now = fingerprint_files(tuple(data.list_files()))
             differing += [] if run.read_manifest().get("data") == now else ["what the data files hold"]
         return differing
 
@@ -99,11 +99,13 @@ class ExperimentPlan:
 
 
 def describe_evaluation(evaluation: Evaluation, out: Path) -> dict[str, Any]:
-    """Return what is asked as plain values, with fingerprints of its files and of all data beneath `data_dir`.
+    """Return what is asked as plain values, with fingerprints of its files, a task's own among them, and of all data
+    beneath `data_dir`.
 
     What the experiment itself writes into `out` is not among them, wherever that lies.
     """
-    files = tuple(path for path in (evaluation.data, evaluation.shots_from) if path)
+    tasks = [task for task in evaluation.tasks if Path(task).is_file()]
+    files = tuple(path for path in (evaluation.data, evaluation.shots_from, *tasks) if path)
     if evaluation.data_dir is not None:
         own = out.resolve()
         beneath = (path for path in Path(evaluation.data_dir).rglob("*") if path.suffix in DATA and path.is_file())

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from koat.core.errors import KoatError
-from koat.data.hub import looks_like_hub_id
+from koat.data.hub import looks_like_hub_id, split_part
 from koat.data.opening import describe_missing
 from koat.evaluation.catalogue import is_own, list_tasks, load_task
 from koat.evaluation.harness.tasks import Sources, open_manager
@@ -43,13 +43,14 @@ def check_names(cells: Sequence[Cell], overwrite: Sequence[str]) -> Iterator[str
 def check_files(plan: ExperimentPlan) -> Iterator[str]:
     """Yield what is missing of the files that training and evaluation will want."""
     evaluate = plan.experiment.evaluate
-    wanted = [path for each in evaluate for path in (each.data, each.shots_from) if path]
+    wanted = [(path, False) for each in evaluate for path in (each.data, each.shots_from) if path]
     for cell in plan.cells:
         if isinstance(cell.resolved.settings, RunConfig):
             data = cell.resolved.settings.data
-            wanted += [*data.train, *data.validation]
-    for path in dict.fromkeys(wanted):
-        if not Path(path).exists() and not looks_like_hub_id(path, named=False):
+            wanted += [(path, data.format == "datasets") for path in data.list_files()]
+    for path, named in dict.fromkeys(wanted):
+        found = Path(path).exists() or Path(split_part(path)[0]).exists()
+        if not found and not looks_like_hub_id(path, named=named):
             yield describe_missing(Path(path))
     for folder in dict.fromkeys(each.data_dir for each in evaluate if each.data_dir):
         if not Path(folder).is_dir():

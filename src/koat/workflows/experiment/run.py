@@ -69,13 +69,16 @@ def run_experiment(
     waiting = [cell for cell in plan.cells if cell.name in overwrite or not plan.is_done(cell)]
     watch.say(f"{plan.experiment.name}: {len(plan.cells)} cells, {len(plan.cells) - len(waiting)} of them done")
     failures = run_cells(plan, waiting) if run_cells else run_in_turn(plan, waiting, overwrite, watch)
-    outcome = finish_experiment(plan, language, watch.say)
+    lines = [f"{name}: {text}" for name, text in failures.items()]
+    ending = "\n  ".join([f"{len(failures)} of {len(plan.cells)} cells failed:", *lines])
+    try:
+        outcome = finish_experiment(plan, language, watch.say)
+    except Exception:
+        if failures:  # what went wrong with the report must not hide what went wrong before
+            watch.say(f"! {ending}")
+        raise
     if failures:
-        lines = [f"{name}: {text}" for name, text in failures.items()]
-        raise TrainingError(
-            "\n  ".join([f"{len(failures)} of {len(plan.cells)} cells failed:", *lines])
-            + "\nThe same command goes on with them."
-        )
+        raise TrainingError(f"{ending}\nThe same command goes on with them.")
     return outcome
 
 
@@ -204,14 +207,18 @@ def finish_experiment(plan: ExperimentPlan, language: Literal["en", "ko"], say: 
     if not names:
         return Outcome(plan.out)
     title = plan.experiment.title
-    report = write_experiment_report(plan, names, language, getattr(title, language) or plan.experiment.name)
+    found: dict[str, Any] = {}
     try:
         found = compare_targets(list(names), names=names)
-    except DataError as error:
+        write_text(plan.out / "comparison.csv", to_csv(found))
+        write_text(plan.out / "comparison.md", to_markdown(found))
+    except (DataError, RunFolderError) as error:
         say(f"! nothing to compare: {error}")
-        return Outcome(plan.out, {}, report)
-    write_text(plan.out / "comparison.csv", to_csv(found))
-    write_text(plan.out / "comparison.md", to_markdown(found))
+    report = None
+    try:
+        report = write_experiment_report(plan, names, language, getattr(title, language) or plan.experiment.name)
+    except (DataError, RunFolderError) as error:
+        say(f"! no report: {error}")
     return Outcome(plan.out, found, report)
 
 

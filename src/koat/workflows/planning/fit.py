@@ -117,8 +117,8 @@ def fit_method(
     if max(longest, microbatch) < LEAST:
         note = advise(adapter, model, training, size, measurements)
     context = find_context_length(footprint.base.config)
-    if context is not None and longest > context:
-        longest, note = context, f"the model's own limit; memory would do for {longest:,}"
+    if context is not None and longest > context - footprint.num_root:
+        longest, note = context - footprint.num_root, f"the model's own limit; memory would do for {longest:,}"
     return Fit(*here, footprint.fixed_bytes, longest, microbatch, note)
 
 

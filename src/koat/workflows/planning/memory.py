@@ -17,13 +17,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from koat.adapters.soft_prompts import count_virtual_tokens
 from koat.core.config import Section
 from koat.core.settings import ModelSettings, TrainingSettings
 from koat.forest.head import CHUNK_BYTES
 from koat.forest.score import read_width
 from koat.model import build_empty, load_config, pick_device, pick_dtype, pick_precision, settle_dtype
 from koat.quantise.load import blocks_cross_rows, list_unsafe_layers
-from koat.quantise.weights import count_model_bytes, count_weight_bytes, list_linears
+from koat.quantise.weights import count_model_bytes, count_weight_bytes, read_linear_shapes
 from koat.training.optimizer import SMALLEST
 from koat.workflows.planning.simulate import (
     Trace,
@@ -161,12 +162,12 @@ def measure_base(model: ModelSettings, training: TrainingSettings, config: Any =
     dtype = pick_dtype(settings.dtype, device, settings.quantisation)
     empty = build_empty(config)
     quantisation = settings.quantisation
-    shapes = {} if quantisation == "none" else list_linears(empty)
+    shapes = {} if quantisation == "none" else read_linear_shapes(empty)
     for name in list_unquantised(empty, settings, device):
         shapes.pop(name, None)
     total = count_model_bytes(empty, "none", dtype)
     compute = pick_precision(training, device) if dtype == torch.float32 else dtype
-    products = sum(inputs * outputs for inputs, outputs in list_linears(empty).values())
+    products = sum(inputs * outputs for inputs, outputs in read_linear_shapes(empty).values())
     entries = {name: inputs * outputs for name, (inputs, outputs) in shapes.items()}
     quantised = sum(count_weight_bytes(*shape, quantisation) for shape in shapes.values())
     num_quantised = sum(entries.values())
@@ -213,7 +214,7 @@ def measure_footprint(base: Base, adapter: Section, training: TrainingSettings) 
     frozen_bytes = base.weight_bytes if any(not weight.requires_grad for weight in probes[0].parameters()) else 0
     return Footprint(
         base, frozen_bytes, adapter_bytes, adapter_bytes, optimizer_bytes,
-        num_root=int(getattr(adapter, "num_virtual_tokens", 0)),
+        num_root=count_virtual_tokens(adapter),
         kept=assemble("kept"), peak=assemble("peak"), forward=assemble("forward"),
         trace_head=functools.cache(functools.partial(trace_head, probes[0])),
         head_rows=max(1, CHUNK_BYTES // (4 * int(base.config.vocab_size))),

@@ -9,7 +9,7 @@ import torch
 
 from koat.core.settings import TrainingSettings
 from koat.model import build_empty
-from koat.quantise.weights import list_linears
+from koat.quantise.weights import read_linear_shapes
 from koat.workflows.planning.memory import Base, Footprint
 
 SECONDS = 2.0
@@ -61,7 +61,7 @@ def estimate_pace(base: Base, footprint: Footprint, training: TrainingSettings) 
     """Measure this machine for two seconds and estimate how many tokens it trains a second."""
     empty = build_empty(base.config)
     head = empty.get_output_embeddings().weight.numel()
-    products = sum(inputs * outputs for inputs, outputs in list_linears(empty).values()) + head
+    products = sum(inputs * outputs for inputs, outputs in read_linear_shapes(empty).values()) + head
     trained = footprint.adapter_bytes // 4
     frozen, trained = (products, trained) if footprint.frozen_bytes else (0, products)
     flops = count_token_flops(frozen, trained, training.activation_checkpointing)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from koat.adapters.files import CONFIG as ADAPTER_CONFIG
 from koat.core.atomic import atomic_folder, write_text
 from koat.core.errors import AdapterError, ConfigError, RunFolderError, suggest
 from koat.core.settings import ModelSettings
@@ -104,7 +105,7 @@ def export_model(
     if program not in TARGETS:
         raise ConfigError(f"--for {program!r}{suggest(program, TARGETS)}: known are {', '.join(TARGETS)}.")
     if as_adapter:
-        return export_adapter(source, program, out, settings)
+        return export_adapter(source, program, out, settings, overwrite)
     if (source / RECORD).is_file():
         claim_folder(out, overwrite)
         copy_folder(source, out)
@@ -123,7 +124,9 @@ def export_model(
     return out
 
 
-def export_adapter(source: Path, program: str, out: Path, settings: ModelSettings | None) -> Path:
+def export_adapter(
+    source: Path, program: str, out: Path, settings: ModelSettings | None, overwrite: bool = False
+) -> Path:
     """Copy a LoRA adapter with a note on how vLLM serves it."""
     trained = find_trained(source, settings)
     kind = str(trained.read_config()["peft_type"])
@@ -132,11 +135,20 @@ def export_adapter(source: Path, program: str, out: Path, settings: ModelSetting
             f"--adapter: {TARGETS[program].title} does not serve a {kind} adapter of PEFT's as it is. Leave --adapter "
             "away: the merged model is exported then."
         )
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise RunFolderError(f"{out} is not empty. Choose another `--out`.")
+    claim_adapter_folder(out, overwrite)
     copy_folder(trained.folder, out)
     write_text(out / README, _explain_vllm_lora(out.resolve().name, trained.model.base))
     return out
+
+
+def claim_adapter_folder(out: Path, overwrite: bool) -> None:
+    """Raise RunFolderError for a folder that holds something, unless it is an earlier export to be replaced."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not (out / ADAPTER_CONFIG).is_file() or not (out / README).is_file():
+        raise RunFolderError(f"{out} holds something that is no exported adapter. Choose another `--out`.")
+    if not overwrite:
+        raise RunFolderError(f"{out} holds an earlier export. Use --overwrite to replace it, or another `--out`.")
 
 
 def copy_folder(source: Path, out: Path) -> None:

@@ -174,6 +174,11 @@ def send_upload(upload: Upload) -> str:
     ]
     try:
         api.create_repo(upload.repo, private=upload.private, exist_ok=True)
+        if upload.private and not api.repo_info(upload.repo).private:
+            raise HubError(
+                f"{upload.repo} exists already and is public, and --private was asked for. Make it private on "
+                f"{upload.endpoint}, or give another name; nothing was uploaded."
+            )
         done = api.create_commit(upload.repo, operations, commit_message="Upload with koat")
     except HFValidationError as error:
         raise HubError(f"{upload.repo!r} is no repository name: {error} Write OWNER/NAME.") from error
