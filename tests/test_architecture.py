@@ -188,8 +188,7 @@ def test_remote_code_runs_only_where_the_setting_says() -> None:
     for path in FILES:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
-                value = ast.unparse(node.value)  # `was_trusted`: the code runs already, since the setting said so
-                allowed = value.endswith(".trust_remote_code") or value in ("False", "was_trusted")
+                allowed = ast.unparse(node.value).endswith(".trust_remote_code") or ast.unparse(node.value) == "False"
                 wrong += [] if allowed else [f"{show(path)}:{node.lineno}"]
     assert not wrong, "\n".join(wrong)
 

@@ -173,11 +173,18 @@ def pick_attention(attention: str, config: Any, device: torch.device) -> str | N
 def build_empty(config: Any) -> Any:
     """Build a model without weights (meta device), to count and to measure."""
     from transformers import AutoModelForCausalLM
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-    # A configuration whose class came with the model was loaded under model.trust_remote_code=true.
-    was_trusted = type(config).__module__.startswith("transformers_modules.")
+    own = getattr(config, "auto_map", {}).get("AutoModelForCausalLM")
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=was_trusted)  # type: ignore[no-untyped-call]
+        # A configuration whose class came with the model was loaded under model.trust_remote_code=true.
+        if own and type(config).__module__.startswith("transformers_modules."):
+            version = getattr(config, "_commit_hash", None)
+            kind: Any = get_class_from_dynamic_module(
+                own, config._name_or_path, revision=version, code_revision=version
+            )
+            return kind._from_config(config)
+        return AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
 
 
 def count_parameters(model: torch.nn.Module) -> int:

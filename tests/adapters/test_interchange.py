@@ -151,6 +151,16 @@ def test_training_does_not_go_on_from_what_peft_alone_knows(more, said, make_mod
         start_from(attach_adapter(make_model("qwen2"), SETTINGS["lora"]), tmp_path)
 
 
+def test_training_goes_on_from_pefts_other_plain_beginnings(make_model, randomise, tmp_path):
+    write_with_peft(make_model("qwen2"), "lora", tmp_path, randomise)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), "init_lora_weights": "Gaussian"}))
+    model = attach_adapter(make_model("qwen2"), SETTINGS["lora"])
+    start_from(model, tmp_path)
+    stored = load_file(str(tmp_path / NAME))
+    assert any(torch.equal(weight, tensor) for weight in model.parameters() for tensor in stored.values())
+
+
 def test_scaled_queries_are_not_held_in_silence(make_model, randomise, tmp_path):
     """PEFT's default scales GPT-NeoX's queries; under paper targets they would jump back to one."""
     write_with_peft(make_model("gpt_neox"), "ia3", tmp_path, randomise)

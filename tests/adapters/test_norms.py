@@ -136,3 +136,15 @@ def test_adapters_get_the_gradients_of_the_plain_model(make_model, settings) -> 
     assert ours.keys() == theirs.keys() and any(gradient.norm() > 0 for gradient in theirs.values())
     for name, gradient in theirs.items():
         torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_pytorch_s_own_norm_is_tried_at_its_width() -> None:
+    """Models that bring their own code use it; it takes rows of its own width alone."""
+    plain, lean = (nn.RMSNorm(WIDTH, eps=1e-3).requires_grad_(False) for _ in range(2))
+    holder = nn.ModuleList([lean])
+    refine_norms(holder)
+    assert isinstance(holder[0], LeanNorm)
+    upstream = torch.randn(2, 5, WIDTH, generator=torch.Generator().manual_seed(7))
+    (expected, exact), (value, found) = (differentiate(norm, draw(0), upstream) for norm in (plain, holder[0]))
+    assert torch.equal(value, expected)
+    torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-6)

@@ -279,7 +279,7 @@ def test_a_run_without_predictions(tmp_path: Path) -> None:
     run = write_run(tmp_path / "a", BETTER)
     other = write_run(tmp_path / "b", WORSE, rate=0.02)
     (run / "predictions" / "reviews.jsonl").unlink()
-    with pytest.raises(koat.RunFolderError, match="its predictions are not beside it"):
+    with pytest.raises(koat.DataError, match="its predictions are not beside it"):
         compare(run, other)
     (run / "predictions" / "reviews.scores.json").unlink()
     status, _, error = call_koat("compare", run, other)
@@ -292,7 +292,7 @@ def test_predictions_of_another_evaluation_are_not_taken(tmp_path: Path) -> None
     kept = (left / "reviews.scores.json").read_text(encoding="utf-8")
     write_scores(left, make_answers(300, range(7)))  # the same contract, other answers
     (left / "reviews.scores.json").write_text(kept, encoding="utf-8")
-    with pytest.raises(koat.RunFolderError, match=r"it is 0\.9000, but the mean of its predictions is 0\.97"):
+    with pytest.raises(koat.DataError, match=r"it is 0\.9000, but the mean of its predictions is 0\.97"):
         compare(left, right)
 
 

@@ -13,10 +13,14 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import koat
+from koat.adapters.attach import attach_adapter
+from koat.adapters.settings import PromptSettings
 from koat.core.json_lines import read_lines
 from koat.core.settings import ModelSettings
 from koat.evaluation.catalogue import load_task
-from koat.model import load_tokenizer
+from koat.evaluation.evaluate import evaluate_task
+from koat.forest.verify import verify_layout
+from koat.model import load_model, load_tokenizer
 from koat.workflows.comparing.report import list_commands
 from koat.workflows.comparing.scored import collect_sources, group_subjects
 from koat.workflows.evaluating.asking import ASK
@@ -216,6 +220,7 @@ def test_a_task_that_fails_costs_nothing_of_those_before(
     with pytest.raises(ZeroDivisionError):
         koat.evaluate(run, tasks=[TASK, "nsmc-prompt2"], data=reviews["test"], num_shots=0)
     (kept,) = (run / "predictions").glob("*.scores.json")
+    assert kept.name == "unfinished.scores.json"
     assert [result["task"] for result in json.loads(kept.read_text(encoding="utf-8"))["results"]] == [TASK]
     monkeypatch.setitem(ASK, kind, ask_own)
     koat.evaluate(run, tasks=[TASK, "nsmc-prompt2"], data=reviews["test"], num_shots=0)
@@ -240,6 +245,28 @@ def test_a_soft_prompt_takes_its_part_of_the_context(method: str, place: Path, t
     flags = ["--base", place / "base", "--data", data, "--out", tmp_path / "run", "training.max_steps=1"]
     status, _, error = call_koat("finetune", *flags, "--method", method)
     assert status == 2
-    assert "236" in error
+    assert "longer than max_length=236 tokens" in " ".join(error.split())
     status, _, error = call_koat("finetune", *flags, "--method", "ia3", "--overwrite")
     assert status == 0, error
+
+
+def test_a_prompt_as_long_as_the_context_is_refused(place: Path, tmp_path: Path) -> None:
+    flags = ["--base", place / "base", "--data", place / "rows.jsonl", "--out", tmp_path / "run", "--method", "prompt"]
+    status, _, error = call_koat("finetune", *flags, "adapter.num_virtual_tokens=256")
+    assert status == 2
+    assert "leaves no room for text" in " ".join(error.split())
+
+
+def test_items_that_do_not_fit_beside_a_soft_prompt_are_kept_out(place: Path, tmp_path: Path) -> None:
+    settings = ModelSettings(base=str(place / "base"))
+    model, tokenizer = load_model(settings), load_tokenizer(settings)
+    word = " 비가"
+    long = word * (246 // len(tokenizer.encode(word)))
+    (tmp_path / "test.tsv").write_text(f"id\tdocument\tlabel\n1\t{long}\t1\n2\t{word}\t0\n", encoding="utf-8")
+    task = load_task(TASK).model_copy(update={"prompt": "{text}", "num_shots": 0, "items": "all"})
+    kept_out = []
+    for wrapped in (model, attach_adapter(model, PromptSettings(num_virtual_tokens=20)).eval()):
+        layout, _ = verify_layout(wrapped)
+        found = evaluate_task(wrapped, layout, tokenizer, task, str(tmp_path / "test.tsv"), num_shots=0)
+        kept_out.append([each.id for each in found.kept_out])
+    assert kept_out == [[], ["1"]]

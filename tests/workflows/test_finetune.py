@@ -246,7 +246,9 @@ def test_real_files_train_unedited(name: str, tmp_path: Path) -> None:
     assert all(0 < loss < 20 for loss in losses)
     if name == "songys":  # the others are too short to learn from
         assert losses[-1] < losses[0]
-    assert 1 <= run.read_manifest()["examples"]["validation"] <= data["validation_limit"]
+    manifest = run.read_manifest()
+    assert 1 <= manifest["examples"]["validation"] <= data["validation_limit"]
+    assert set(manifest["data"]) == {*data["train"], *([data["splits"]] if "splits" in data else [])}
 
 
 def test_choice_losses_learn_from_the_other_words_of_a_field(place: Path, tmp_path: Path) -> None:

@@ -12,7 +12,9 @@ import peft
 import pytest
 import torch
 
+from koat.core.settings import ModelSettings, TrainingSettings
 from koat.workflows.measure import Cost
+from koat.workflows.training import finetune
 from koat.workflows.training.manifest import describe_hardware, describe_versions, fingerprint_data
 
 
@@ -58,3 +60,16 @@ def test_cost_is_told_also_after_an_error() -> None:
     with pytest.raises(ZeroDivisionError), cost:
         _ = 1 // 0
     assert cost.peak_bytes > 0
+
+
+def test_one_process_computes_on_the_gpu_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accelerate's single process computes on the current GPU, which is the first unless somebody says so."""
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(finetune, "pick_device", lambda device: torch.device(device))
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(finetune, "Accelerator", lambda **options: options)
+    training = TrainingSettings(precision="float32")
+    made = finetune.make_accelerator(ModelSettings(base="nano", device="cuda:1"), training)
+    assert chosen == [torch.device("cuda:1")] and made == {"cpu": False, "mixed_precision": "no"}
+    finetune.make_accelerator(ModelSettings(base="nano", device="cpu"), training)
+    assert len(chosen) == 1

@@ -16,8 +16,6 @@ from torch import Tensor, nn
 
 from koat.adapters.refine import mix_in, take_out
 
-PROBE = 16
-"""Numbers in a row on which a norm is tried."""
 PIECE = 1 << 19
 """Numbers that a CPU works on at a time, so that their float32 copies stay small; fewer cost more in calls."""
 
@@ -108,7 +106,8 @@ def find_offset(norm: nn.Module) -> float | None:
     if len(inspect.signature(norm.forward).parameters) != 1 or parameters["weight"].dim() != 1:
         return None
     generator = torch.Generator().manual_seed(0)
-    x, weight = torch.randn(3, PROBE, generator=generator), torch.randn(PROBE, generator=generator)
+    width = len(parameters["weight"])
+    x, weight = torch.randn(3, width, generator=generator), torch.randn(width, generator=generator)
     with torch.no_grad():
         found = torch.func.functional_call(norm, {"weight": weight}, (x,))
     normed = x * (x.square().mean(-1, keepdim=True) + epsilon).rsqrt()

@@ -77,7 +77,7 @@ def _check_simple(stored: dict[str, Any], folder: Path) -> None:
                 "Merge it into its base with PEFT, and begin a fresh adapter on that."
             )
     begun = stored.get("init_lora_weights", True)
-    if begun not in PLAIN_STARTS:
+    if (begun.lower() if isinstance(begun, str) else begun) not in PLAIN_STARTS:
         raise AdapterError(
             f"adapter.start={folder} began with init_lora_weights={begun}, which takes something away from the base's "
             "weights; on the base as it is the adapter would be another. Merge it with PEFT, or convert it (PEFT's "

@@ -1,4 +1,4 @@
-"""Fingerprints that pin the content of files and texts."""
+"""Fingerprints that pin the content of files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from koat.core.errors import DataError
 
 
 class Fingerprint(TypedDict):
-    """What pins a file's or text's content."""
+    """What pins a file's content."""
 
     sha256: str
     bytes: int

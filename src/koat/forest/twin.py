@@ -16,6 +16,7 @@ TWIN_WINDOW = 8
 
 
 MOST_LAYERS = 4
+"""Where the first layers of a model hold every type, so many of them are taken."""
 
 
 def make_twin(model: nn.Module) -> Any:

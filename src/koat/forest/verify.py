@@ -22,12 +22,11 @@ from koat.core.soft_prompt import has_soft_prompt
 from koat.forest.attend import AttentionPlan, Kernel, find_windows
 from koat.forest.build import build_forest
 from koat.forest.grow import grow_forest
+from koat.forest.kernels import list_kernels
 from koat.forest.pack import RowCost
-from koat.forest.root import has_cached_root
 from koat.forest.score import Layout, cut_sequences, estimate_row_cost, set_kernel, token_logprobs, unwrap
 from koat.forest.stream import stream_forest
 from koat.forest.twin import TWIN_WINDOW, make_twin
-from koat.forest.walk import IMPLEMENTATION
 
 TWIN_TOLERANCE = 2e-4
 """Largest log-probability difference on the float32 twin; a wrong mask or position gives 1e-2 and more."""
@@ -138,31 +137,6 @@ def estimate_rounding(model: nn.Module, sequences: ListLike[Sequence]) -> float:
     """
     largest = max(float(logprobs.abs().max()) for logprobs in single_logprobs(model, sequences))
     return torch.finfo(unwrap(model).dtype).eps * largest
-
-
-def find_kernel(config: Any) -> Kernel:
-    """Return the kernel whose mask a loaded model understands, from its configuration."""
-    known: dict[str, Kernel] = {"sdpa": "sdpa", "flex_attention": "flex", IMPLEMENTATION: "walk"}
-    return known.get(config._attn_implementation, "eager")
-
-
-def list_kernels(model: nn.Module, wanted: str) -> list[Kernel]:
-    """Return the kernels worth trying: on a CPU, where SDPA serves, walked attention before it.
-
-    FlexAttention may not compile on a machine; dense masks stand behind it. Keys in a cache (prefix tuning) are for
-    kernels that take a dense mask.
-    """
-    causal = unwrap(model)
-    kernel = find_kernel(causal.config)
-    if has_cached_root(model):
-        return ["eager" if kernel == "eager" else "sdpa"]
-    if kernel == "flex":
-        return ["flex", "sdpa"]
-    if causal.device.type != "cpu" or kernel not in ("sdpa", "walk"):
-        return [kernel]
-    if wanted == "sdpa":
-        return ["sdpa"]
-    return ["walk", "sdpa"]
 
 
 def list_candidates(config: Any, kernel: Kernel) -> list[Layout]:

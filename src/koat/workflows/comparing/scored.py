@@ -147,7 +147,7 @@ def _read_reports(paths: Sequence[Path], target: str) -> Source:
             asked += [report["asked"]] if "asked" in report else []
             groups += [{**group, "contracts": list_contracts(report)} for group in report.get("groups", [])]
     if not scores:
-        raise RunFolderError(f"{target} holds no score that can be compared. {' '.join(notes)}")
+        raise DataError(f"{target} holds no score that can be compared. {' '.join(notes)}")
     ordered = sorted(scores.values(), key=lambda score: score.task)
     return Source(name, target, ordered, notes, asked=asked, groups=groups)
 

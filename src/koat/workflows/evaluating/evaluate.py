@@ -19,6 +19,8 @@ from koat.workflows.measure import Cost
 __all__ = ["Subject", "evaluate_subject", "load_subject", "open_subject"]
 
 OnProgress = Callable[[str, int, int], None]
+UNFINISHED = "unfinished.scores.json"
+"""Holds what is there of an evaluation whose other tasks are still asked."""
 LONGEST_NAME = 100
 """Characters of a file's name; longer lists of tasks are told apart by a hash."""
 
@@ -60,17 +62,18 @@ def evaluate_exam(
     """
     found: dict[Key, TaskResult] = {}
     report = begin_report(subject, exam)
-    path: Path | None = None
+    draft = subject.predictions / UNFINISHED
     for key, task in exam.tasks.items():
         with Cost(next(subject.model.parameters()).device) as cost:
             found[key] = ASK[type(task)](subject, task, exam.asking, report_for(task.name, on_progress))
         report["results"].append({**found[key].to_mapping(), "peak_bytes": cost.peak_bytes})
         keep_predictions(subject, found[key])
-        before, path = path, subject.predictions / f"{name_report(exam.names, found)}.scores.json"
-        write_json(path, report)
-        if before not in (None, path):
-            remove(before)
-    if path is not None and (exam.groups or exam.tables):
+        if len(found) < len(exam.tasks):
+            write_json(draft, report)
+    path = subject.predictions / f"{name_report(exam.names, found)}.scores.json"
+    write_json(path, report)  # before the groups: a mistake in a group's file must not cost the scores
+    remove(draft)
+    if exam.groups or exam.tables:
         report["groups"] = describe_groups(exam, found)
         write_json(path, report)
     return report

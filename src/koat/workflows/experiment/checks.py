@@ -47,7 +47,8 @@ def check_files(plan: ExperimentPlan) -> Iterator[str]:
     for cell in plan.cells:
         if isinstance(cell.resolved.settings, RunConfig):
             data = cell.resolved.settings.data
-            wanted += [(path, data.format == "datasets") for path in data.list_files()]
+            wanted += [(path, data.format == "datasets") for path in (*data.train, *data.validation)]
+            wanted += [(str(data.splits), False)] if data.splits else []
     for path, named in dict.fromkeys(wanted):
         found = Path(path).exists() or Path(split_part(path)[0]).exists()
         if not found and not looks_like_hub_id(path, named=named):

@@ -208,16 +208,17 @@ def finish_experiment(plan: ExperimentPlan, language: Literal["en", "ko"], say: 
         return Outcome(plan.out)
     title = plan.experiment.title
     found: dict[str, Any] = {}
-    try:
-        found = compare_targets(list(names), names=names)
-        write_text(plan.out / "comparison.csv", to_csv(found))
-        write_text(plan.out / "comparison.md", to_markdown(found))
-    except (DataError, RunFolderError) as error:
-        say(f"! nothing to compare: {error}")
     report = None
     try:
+        found = compare_targets(list(names), names=names)
+    except DataError as error:
+        say(f"! nothing to compare: {error}")
+    if found:
+        write_text(plan.out / "comparison.csv", to_csv(found))
+        write_text(plan.out / "comparison.md", to_markdown(found))
+    try:
         report = write_experiment_report(plan, names, language, getattr(title, language) or plan.experiment.name)
-    except (DataError, RunFolderError) as error:
+    except DataError as error:
         say(f"! no report: {error}")
     return Outcome(plan.out, found, report)
 

@@ -25,11 +25,12 @@ from koat.core.config import Section
 from koat.core.settings import ModelSettings
 from koat.forest.attend import AttentionPlan, Kernel
 from koat.forest.head import compute_logits, gather_logprobs
+from koat.forest.kernels import find_kernel
 from koat.forest.pack import MicroBatch
 from koat.forest.pieces import Piece
 from koat.forest.root import has_cached_root, take_root
 from koat.forest.score import Layout, make_inputs, unwrap
-from koat.forest.verify import find_kernel, list_candidates, make_padded
+from koat.forest.verify import list_candidates, make_padded
 from koat.forest.walk import Walk
 from koat.model import build_empty, pick_attention
 

@@ -14,8 +14,8 @@ from koat.adapters.attach import Attached, attach_adapter, count_trainable
 from koat.adapters.remarks import describe_remarks
 from koat.adapters.soft_prompts import count_virtual_tokens
 from koat.adapters.start import start_from
-from koat.core.config import to_mapping
-from koat.core.errors import TrainingError
+from koat.core.config import Section, to_mapping
+from koat.core.errors import AdapterError, TrainingError
 from koat.core.settings import ModelSettings, TrainingSettings
 from koat.forest.choose import choose_layout
 from koat.forest.score import Layout, unwrap
@@ -51,7 +51,7 @@ def prepare_run(config: RunConfig, model_settings: ModelSettings, say: Say) -> P
     """Read the data, load the base, attach the adapter and verify the layout, saying what was found."""
     tokenizer, base_config = load_tokenizer(config.model), load_config(config.model)
     context, training = find_context_length(base_config), config.training
-    room = context - count_virtual_tokens(config.adapter) if context else None
+    room = find_text_room(config.adapter, context, say)
     examples = load_examples(config.data, tokenizer, room, training.seed, with_choices=training.wants_choices)
     for remark in [*describe_remarks(config.adapter, base_config), *examples.remarks]:
         say(f"! {remark}")
@@ -70,6 +70,23 @@ def prepare_run(config: RunConfig, model_settings: ModelSettings, say: Say) -> P
     manifest = describe_run(config, model, num_base, base_config, verification, examples)
     manifest["quantisation"] = quantised.to_mapping() if quantised else None
     return Prepared(tokenizer, examples, model, layout, manifest)
+
+
+def find_text_room(adapter: Section, context: int | None, say: Say) -> int | None:
+    """Return how many tokens of a context are left for text beside a soft prompt, saying so where there is one.
+
+    Raises AdapterError where none are.
+    """
+    taken = count_virtual_tokens(adapter)
+    if not taken or context is None:
+        return context
+    if taken >= context:
+        raise AdapterError(
+            f"adapter.num_virtual_tokens={taken} leaves no room for text: the base model sees {context} tokens at "
+            "once. Take fewer."
+        )
+    say(f"{taken} of the base model's {context:,} tokens are the soft prompt's; {context - taken:,} are left for text")
+    return context - taken
 
 
 def attach_method(base: nn.Module, config: RunConfig) -> Attached:
