@@ -268,5 +268,5 @@ def test_items_that_do_not_fit_beside_a_soft_prompt_are_kept_out(place: Path, tm
     for wrapped in (model, attach_adapter(model, PromptSettings(num_virtual_tokens=20)).eval()):
         layout, _ = verify_layout(wrapped)
         found = evaluate_task(wrapped, layout, tokenizer, task, str(tmp_path / "test.tsv"), num_shots=0)
-        kept_out.append([each.id for each in found.kept_out])
+        kept_out.append([each.item_id for each in found.kept_out])
     assert kept_out == [[], ["1"]]
