@@ -186,7 +186,7 @@ def add_growth(findings: Findings, model: Any, tokenizer: Any, options: Options)
         draw_growth(
             folder / "evaluate-time.svg", growths, f"{EXAMS[GROWTH].tasks[0]}, {model.config.model_type}, {PRECISION}"
         )
-        findings.tables[-1].picture = "evaluate-time.svg"
+        findings.tables[-1] = replace(findings.tables[-1], picture="evaluate-time.svg")
     except ImportError as error:
         findings.skipped.append(f"the plot: {error}; matplotlib comes with the extra `bench`")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ torch = pytest.importorskip("torch")
 from benchmarks import evaluate, scoring, workload  # noqa: E402
 from benchmarks.evaluate_growth import Growth, Point, draw_growth, tabulate  # noqa: E402
 from benchmarks.evaluate_tasks import EXAMS, SMALL_HEAD, build_instances, train_small_tokenizer  # noqa: E402
-from benchmarks.measure import Check  # noqa: E402
+from benchmarks.measure import Check, Findings  # noqa: E402
 from koat.evaluation.spans import Span  # noqa: E402
 from tests.tiny_base import need_shared  # noqa: E402
 
@@ -105,3 +106,16 @@ def test_points_that_differ_have_no_seconds(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib is not installed (extra `bench`)")
     draw_growth(tmp_path / "time.svg", [growth, growth], "MMLU")
     assert "items, 5 shots" in (tmp_path / "time.svg").read_text(encoding="utf-8")
+
+
+def test_the_plot_is_kept_beside_its_table(tmp_path: Path, options: workload.Options, monkeypatch: Any) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed (extra `bench`)")
+    equal = Check("log-probabilities", 1e-5, 1e-3, 1.0)
+    growth = Growth("items", "5 shots", [Point(8, 1.0, 6.0, equal), Point(16, 1.5, 12.0, equal)])
+    monkeypatch.setattr(evaluate, "measure_growth", lambda *_: [growth, growth])
+    monkeypatch.setattr(evaluate, "ROOT", tmp_path)
+    (tmp_path / "build").mkdir()
+    findings = Findings()
+    evaluate.add_growth(findings, SimpleNamespace(config=SimpleNamespace(model_type="llama")), None, options)
+    assert [table.picture for table in findings.tables] == ["", "evaluate-time.svg"]
+    assert (tmp_path / "build" / "evaluate-time.svg").is_file()
