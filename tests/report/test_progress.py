@@ -22,8 +22,8 @@ class Terminal(io.StringIO):
 def test_the_time_left_of_a_resumed_run(first: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten steps in ten seconds, ten to go: ten seconds, wherever the run began."""
     clock, stream = SimpleNamespace(now=0.0), Terminal()
-    monkeypatch.setattr(progress.time, "monotonic", lambda: clock.now)
-    monkeypatch.setattr(progress.sys, "stderr", stream)
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr(progress, "sys", SimpleNamespace(stderr=stream))
     display = TrainingDisplay()
     for step in range(first, first + 10):
         clock.now += 1
