@@ -56,9 +56,8 @@ def evaluate_task(
 ) -> TaskResult:
     """Ask a model the items of a file and score its answers.
 
-    `num_shots`, `limit` (a number or "all") and `seed` (of the shots) override the task. The
-    precision is the caller's: wrap the call in autocast for bfloat16. Raises ConfigError and DataError for what
-    cannot be asked.
+    `num_shots`, `limit` (a number or "all") and `seed` (of the shots) override the task. The precision is the
+    caller's: wrap the call in autocast for bfloat16. Raises ConfigError and DataError for what cannot be asked.
     """
     task = adjust_task(task, num_shots=num_shots, limit=limit, seed=seed)
     questions = gather_questions(task, tokenizer, data_path, shots_path)

@@ -77,10 +77,10 @@ def find_smallest(num_items: float, noise: Noise, *, alpha: float = ALPHA, power
     """Return the smallest difference that so many items can show; None where they can show none at all."""
     from scipy.optimize import brentq
 
+    seeds = _reach_seeds(noise, alpha, power)
+
     def lacking(size: float) -> float:
         return hypot(_reach(noise, size, alpha, power) / sqrt(num_items), seeds) - size
-
-    seeds = _reach_seeds(noise, alpha, power)
 
     # Twelve digits below the top, where a variance is exactly nothing, the square root still has a slope.
     top = noise.largest * (1 - 1e-12)

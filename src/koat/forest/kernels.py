@@ -26,10 +26,11 @@ def list_kernels(model: nn.Module, wanted: str) -> list[Kernel]:
     """
     causal = unwrap(model)
     kernel = find_kernel(causal.config)
-    if has_cached_root(model):
-        return [pick_dense(causal) if kernel == "flex" else "eager" if kernel == "eager" else "sdpa"]
     if kernel == "flex":
-        return ["flex", pick_dense(causal)]
+        dense = pick_dense(causal)
+        return [dense] if has_cached_root(model) else ["flex", dense]
+    if has_cached_root(model):
+        return ["eager" if kernel == "eager" else "sdpa"]
     if causal.device.type != "cpu" or kernel not in ("sdpa", "walk"):
         return [kernel]
     if wanted == "sdpa":

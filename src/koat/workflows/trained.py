@@ -48,13 +48,22 @@ class Trained:
 
     def read_template(self) -> PromptTemplate | None:
         """Return the prompt template that lies beside the adapter, None where there is none."""
-        path = self.folder / TEMPLATE
-        if not path.is_file():
-            return None
-        try:
-            return from_mapping(json.loads(path.read_text(encoding="utf-8")))
-        except ValueError as error:
-            raise AdapterError(f"{path} is not valid JSON ({error}).") from error
+        stored = read_stored_template(self.folder)
+        return None if stored is None else from_mapping(stored)
+
+
+def read_stored_template(folder: Path) -> dict[str, Any] | None:
+    """Return the prompt template beside an adapter as it is stored, None where there is none.
+
+    Raises AdapterError for a damaged file.
+    """
+    path = folder / TEMPLATE
+    if not path.is_file():
+        return None
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise AdapterError(f"{path} is not valid JSON ({error}).") from error
 
 
 def is_trained(path: Path) -> bool:

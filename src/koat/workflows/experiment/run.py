@@ -208,7 +208,6 @@ def finish_experiment(plan: ExperimentPlan, language: Literal["en", "ko"], say: 
         return Outcome(plan.out)
     title = plan.experiment.title
     found: dict[str, Any] = {}
-    report = None
     try:
         found = compare_targets(list(names), names=names)
     except DataError as error:
@@ -216,6 +215,7 @@ def finish_experiment(plan: ExperimentPlan, language: Literal["en", "ko"], say: 
     if found:
         write_text(plan.out / "comparison.csv", to_csv(found))
         write_text(plan.out / "comparison.md", to_markdown(found))
+    report = None
     try:
         report = write_experiment_report(plan, names, language, getattr(title, language) or plan.experiment.name)
     except DataError as error:

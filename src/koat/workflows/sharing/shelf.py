@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -30,7 +29,7 @@ from koat.core.settings import ModelSettings
 from koat.model import load_tokenizer
 from koat.workflows.comparing.scored import SCORES, read_report
 from koat.workflows.sharing.merge import save_company
-from koat.workflows.trained import TEMPLATE, Trained, find_trained, read_base_fingerprint
+from koat.workflows.trained import Trained, find_trained, read_base_fingerprint, read_stored_template
 
 CHECKPOINTS = "checkpoints"
 
@@ -113,13 +112,7 @@ def read_manifest(run: Path) -> dict[str, Any]:
 
 def read_template_name(folder: Path) -> str:
     """Return the name of the prompt template beside an adapter, empty where there is none."""
-    path = folder / TEMPLATE
-    if not path.is_file():
-        return ""
-    try:
-        return str(json.loads(path.read_text(encoding="utf-8")).get("name", ""))
-    except ValueError as error:
-        raise AdapterError(f"{path} is not valid JSON ({error}).") from error
+    return str((read_stored_template(folder) or {}).get("name", ""))
 
 
 def collect_scores(predictions: Path) -> list[dict[str, Any]]:
