@@ -9,10 +9,11 @@ and layer, so no layer outside the repeated ones, no head and no embedding has a
 from __future__ import annotations
 
 import functools
+import random
 import tempfile
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
@@ -41,10 +42,33 @@ SHAPES = {
 STEP_MARK = 1.05
 """What koat's step may take, over the floor's."""
 PEER = "PEFT IA3"
-ROWS, LENGTH, NUM_LAYERS = 2, 256, 2
+NUM_LAYERS = 2
 """What is compared and timed: layers are alike, two of them tell."""
-WIDE = "1.3b"
-"""Timed beside the small size: multiplying by a vector costs the less, the wider the layers."""
+NUM_STEPS = 3
+"""A side's steps in a row."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a step computes: a size of `SIZES`, rows and their length in tokens, and how often it is timed."""
+
+    size: str
+    rows: int
+    length: int
+    num_rounds: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of a step."""
+        return self.rows * self.length
+
+
+SHORT = Work("small", 2, 256, 21)
+"""Also what is compared: a call costs as much as its arithmetic here."""
+USUAL = Work("small", 8, 512, 9)
+"""The tokens of koat's own micro-batches, `training.tokens_per_microbatch`."""
+WIDE = Work("1.3b", 2, 256, 7)
+"""Multiplying by a vector costs the less, the wider the layers."""
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.3, "nf4": 0.3}
 """Largest difference allowed between two numbers, over their standard deviation."""
 
@@ -120,7 +144,7 @@ def wants_autocast(side: str, base: str) -> bool:
 
 def compute(model: Any, autocast: bool) -> tuple[Tensor, dict[str, Tensor]]:
     """Return a loss for each token and the adapter's gradients, after one pass over random numbers."""
-    hidden = run_layers(model, LENGTH, ROWS, autocast=autocast)
+    hidden = run_layers(model, SHORT.length, SHORT.rows, autocast=autocast)
     direction = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1)).to(hidden.device)
     losses = (hidden.float() * direction).sum(-1)
     losses.sum().backward()
@@ -171,29 +195,37 @@ def count_kept(name: str, base: str, checkpointing: bool, options: Options) -> d
     }
 
 
-def time_steps(name: str, base: str, options: Options) -> tuple[dict[str, float], dict[str, float]]:
-    """Return each side's median seconds of a step, and its median ratio to the floor's step of the same round."""
+def time_steps(name: str, base: str, work: Work, options: Options) -> tuple[dict[str, float], dict[str, float]]:
+    """Return each side's median seconds of a step, and its median ratio to the floor's steps of the same round.
+
+    In training a step follows one of the same model: each side takes a few in a row, the first of them not counted.
+    The sides' order is drawn anew each round, for whoever comes after a side finds the memory that it left.
+    """
     models = {side: wrap(build(name, base, options, NUM_LAYERS)) for side, wrap in make_sides().items()}
-    direction = torch.randn(ROWS, LENGTH, SIZES[options.size][0]).to(options.device)
+    for model in models.values():
+        randomise(model, options.seed)
+    direction = torch.randn(work.rows, work.length, SIZES[options.size][0]).to(options.device)
 
     def step(side: str) -> None:
-        hidden = run_layers(models[side], LENGTH, ROWS, autocast=wants_autocast(side, base))
+        hidden = run_layers(models[side], work.length, work.rows, autocast=wants_autocast(side, base))
         hidden.backward(direction.to(hidden.dtype))
 
     seconds: dict[str, list[float]] = {side: [] for side in models}
-    for turn in range(options.scale(21 if options.size == "small" else 9, 2) + 1):
-        for side in models:
-            spent = time_once(functools.partial(step, side), options.device)
+    order, shuffle = list(models), random.Random(options.seed).shuffle
+    for turn in range(options.scale(work.num_rounds, 2) + 1):
+        shuffle(order)
+        for side in order:
+            spent = [time_once(functools.partial(step, side), options.device) for _ in range(NUM_STEPS)]
             if turn:
-                seconds[side].append(spent)
+                seconds[side].append(median(spent[1:]))
     floor = seconds["floor"]
     ratios = {side: [a / b for a, b in zip(each, floor, strict=True)] for side, each in seconds.items()}
     return {side: median(each) for side, each in seconds.items()}, {side: median(each) for side, each in ratios.items()}
 
 
-def list_sizes(options: Options) -> list[Options]:
-    """Return the options for each size that is timed."""
-    return [options, replace(options, size=WIDE)] if options.size == "small" else [options]
+def list_works(options: Options) -> list[Work]:
+    """Return what is timed: two amounts of tokens and a wider model beside the small one, else the size asked for."""
+    return [SHORT, USUAL, WIDE] if options.size == "small" else [replace(WIDE, size=options.size)]
 
 
 def judge_kept(name: str, kept: dict[str, float]) -> str:
@@ -217,8 +249,8 @@ def run(options: Options, rates: dict[str, float]) -> Findings:
         [],
     )
     time_table = Table(
-        f"A step of {NUM_LAYERS} layers and {ROWS} x {LENGTH} tokens",
-        ("shape", "size", "base", "floor, ms", *(f"{side}, of floor" for side in sides[1:]), "marks"),
+        f"A step of {NUM_LAYERS} layers",
+        ("shape", "size", "tokens", "base", "floor, ms", *(f"{side}, of floor" for side in sides[1:]), "marks"),
         [],
     )
     findings = Findings(tables=[kept_table, time_table])
@@ -236,20 +268,22 @@ def measure(name: str, base: str, options: Options, findings: Findings) -> None:
     kept_table, time_table = findings.tables
     checks = compare_with_peft(name, base, options)
     passed = all(check.passed for check in checks)
-    for sized in list_sizes(options):
+    for work in list_works(options):
+        sized = replace(options, size=work.size)
         result = Result(
-            "IA3 step", f"{name} {sized.size}", base, "ia3", PEER, "; ".join(map(str, checks)), passed,
-            f"{PEER}: koat's configuration, plain PEFT layers; {NUM_LAYERS} layers, {ROWS} x {LENGTH} tokens",
+            "IA3 step", f"{name} {work.size}, {work.num_tokens:,} tokens", base, "ia3", PEER, "; ".join(map(str, checks)), passed,
+            f"{PEER}: koat's configuration, plain PEFT layers; {NUM_LAYERS} layers, {work.rows} x {work.length} tokens",
         )  # fmt: skip
         findings.results.append(result)
         if passed:
-            seconds, ratios = time_steps(name, base, sized)
-            result.rate, result.peer_rate = (ROWS * LENGTH / seconds[side] for side in ("koat IA3", PEER))
+            seconds, ratios = time_steps(name, base, work, sized)
+            result.rate, result.peer_rate = (work.num_tokens / seconds[side] for side in ("koat IA3", PEER))
             result.factors = {"kernel": seconds[PEER] / seconds["koat IA3"]}
             result.notes = f"koat's step is {ratios['koat IA3']:.3f} of the frozen base's"
             shown = (f"{ratio:.3f}" for side, ratio in ratios.items() if side != "floor")
             marked = judge_time(ratios) if base == "bfloat16" and not options.quick else "-"
-            time_table.rows.append((name, sized.size, base, f"{1e3 * seconds['floor']:.1f}", *shown, marked))
+            size = (work.size, f"{work.rows} x {work.length}")
+            time_table.rows.append((name, *size, base, f"{1e3 * seconds['floor']:.1f}", *shown, marked))
         print(result.describe(), flush=True)
     for checkpointing in (False, True):
         kept = count_kept(name, base, checkpointing, options)

@@ -12,6 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
 from benchmarks.kept import count_kept_bytes
+from koat.adapters import norms
 from koat.adapters.attach import attach_adapter
 from koat.adapters.methods import Ia3Settings, LoraSettings
 from koat.adapters.norms import LeanNorm, find_offset, refine_norms, release_norms
@@ -50,6 +51,23 @@ def test_values_are_the_norms_own_and_gradients_autograds(kind) -> None:
     assert torch.equal(value, expected)
     assert exact.norm() > 0
     torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("piece", [None, 3 * WIDTH])
+def test_strided_inputs_and_gradients_in_pieces_or_at_once(monkeypatch, piece) -> None:
+    """Heads cut out of a fused projection lie apart; a gradient may come with rows for columns."""
+    if piece:
+        monkeypatch.setattr(norms, "PIECE", piece)
+    plain, lean = make_norm(LlamaRMSNorm), nn.ModuleList([make_norm(LlamaRMSNorm)])
+    refine_norms(lean)
+    results = []
+    for norm in (plain, lean[0]):
+        x = torch.randn(10, 3 * WIDTH, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        value = norm(x[:, WIDTH : 2 * WIDTH])
+        value.backward(torch.randn(WIDTH, 10, generator=torch.Generator().manual_seed(1)).T)
+        results.append((value.detach(), x.grad))
+    assert torch.equal(results[0][0], results[1][0])
+    torch.testing.assert_close(results[1][1], results[0][1], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", NORMS)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 _ATEN = torch.ops.aten
 
 PullBack = Callable[[Tensor, Tensor], None]
-"""Takes the gradient of an activation and writes that of its argument into the second tensor."""
+"""Takes the gradient of an activation and writes that of its argument into the second tensor, which may be the same."""
 
 
 class Kernels(NamedTuple):

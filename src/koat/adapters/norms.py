@@ -36,13 +36,17 @@ class NormRows(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradient of `x`."""
         x, weight = ctx.saved_tensors
-        wide = torch.promote_types(x.dtype, torch.float32)
-        gain = weight.to(wide) + ctx.offset
-        result = torch.empty_like(x, memory_format=torch.contiguous_format)
-        pieces = (tensor.reshape(-1, len(gain)).split(count_rows(x)) for tensor in (x, gradients[0], result))
-        for rows, upstream, out in zip(*pieces, strict=True):
-            out.copy_(pull_back(rows.to(wide), upstream.to(wide) * gain, ctx.epsilon))
-        return result, None, None, None, None
+        wide, width = torch.promote_types(x.dtype, torch.float32), len(weight)
+        gain = (weight.to(wide) + ctx.offset) * width**0.5
+        num_rows = count_rows(x)
+        rows, upstream = x.reshape(-1, width), gradients[0].reshape(-1, width)
+        if len(rows) <= num_rows:
+            result = pull_back(rows.to(wide), upstream.to(wide) * gain, ctx.epsilon).to(x.dtype)
+        else:
+            result = torch.empty_like(rows, memory_format=torch.contiguous_format)
+            for each, above, out in zip(*(tensor.split(num_rows) for tensor in (rows, upstream, result)), strict=True):
+                out.copy_(pull_back(each.to(wide), above.to(wide) * gain, ctx.epsilon))
+        return result.view(x.shape), None, None, None, None
 
 
 def count_rows(x: Tensor) -> int:
@@ -52,14 +56,16 @@ def count_rows(x: Tensor) -> int:
 
 
 def pull_back(rows: Tensor, upstream: Tensor, epsilon: float) -> Tensor:
-    """Return the gradient of `x` `[n, d]` given `u`, that of `x / rms`: `(u - x (u . x) / (d rms^2)) / rms`.
+    """Return the gradient of `x` `[n, d]`; `upstream` is `sqrt(d)` times `u`, that of `x / rms`.
 
-    Writes it over `u`.
+    It is `(u - x (u . x) / l^2) / rms` with `l = sqrt(d) rms`. With `l` in place of a row's length that is the gradient
+    of weight normalisation (Salimans and Kingma 2016, equation 3), for which PyTorch has one kernel.
     """
-    width = rows.shape[-1]
-    inverse = (torch.linalg.vector_norm(rows, dim=-1, keepdim=True).square_() / width + epsilon).rsqrt_()
-    along = (upstream * rows).sum(-1, keepdim=True)
-    return upstream.mul_(inverse).addcmul_(rows, along * inverse.pow(3), value=-1 / width)
+    rows, upstream = rows.contiguous(), upstream.contiguous()
+    length = torch.linalg.vector_norm(rows, dim=-1, keepdim=True).square_().add_(rows.shape[-1] * epsilon).sqrt_()
+    scales = rows.new_ones(len(rows), 1)
+    result: Tensor = torch.ops.aten._weight_norm_interface_backward(upstream, rows, scales, length, 0)[0]
+    return result
 
 
 class LeanNorm(nn.Module):
