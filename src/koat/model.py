@@ -164,9 +164,15 @@ def _check_complete(settings: ModelSettings, missing: Collection[str]) -> None:
 
 
 def pick_attention(attention: str, config: Any, device: torch.device) -> str | None:
-    """Return the attention implementation for transformers, None for the family's own default."""
+    """Return the attention implementation for transformers, None for the family's own default.
+
+    FlexAttention knows no dropout. SDPA, the default of Gemma 2, leaves caps on scores out without a word.
+    """
     if attention == "auto":
-        return "flex_attention" if device.type == "cuda" and config.model_type in FLEX_FAMILIES else None
+        if getattr(config, "attn_logit_softcapping", None) is not None:
+            return "eager"
+        fits = config.model_type in FLEX_FAMILIES and not getattr(config, "attention_dropout", 0)
+        return "flex_attention" if device.type == "cuda" and fits else None
     return {"flex": "flex_attention"}.get(attention, attention)
 
 
@@ -201,22 +207,49 @@ def find_context_length(config: Any) -> int | None:
 
 
 def fingerprint_base(settings: ModelSettings, config: Any) -> str:
-    """Return a short hash that tells base models apart: configuration, weight files' headers and ends."""
-    where = Path(locate_base(settings.base))
+    """Return a short hash that tells base models apart: configuration, weight files' headers and ends.
+
+    A Hub id has that of a folder with its files, once they were downloaded; before, its commit stands for them.
+    """
+    where = locate_base(settings.base)
     # As it is stored: what a configuration's class adds by default changes with transformers, and with it no model.
-    stored, _ = type(config).get_config_dict(locate_base(settings.base), revision=settings.revision)
+    stored, _ = type(config).get_config_dict(where, revision=settings.revision)
     # Where a model lies and what last wrote its configuration do not make it another model.
     facts = {key: value for key, value in stored.items() if key[0] != "_" and key != "transformers_version"}
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
-    for path in sorted(where.glob("*.safetensors")) if where.is_dir() else []:
+    weights = list_weights(settings, config)
+    for path in weights:
         with path.open("rb") as file:
             digest.update(f"{path.name}:{path.stat().st_size}".encode())
             digest.update(file.read(1 << 20))
             file.seek(-min(1 << 20, path.stat().st_size), os.SEEK_END)
             digest.update(file.read())
-    if not where.is_dir():
-        digest.update(str(getattr(config, "_commit_hash", None) or settings.revision).encode())
+    if not weights and not Path(where).is_dir():
+        digest.update(str(find_commit(config) or settings.revision).encode())
     return digest.hexdigest()[:16]
+
+
+def find_commit(config: Any) -> str | None:
+    """Return the commit on the Hub that a configuration was loaded from, None for a folder's."""
+    return getattr(config, "_commit_hash", None)
+
+
+def list_weights(settings: ModelSettings, config: Any) -> list[Path]:
+    """Return the files that a base model's weights are loaded from; none of a Hub id's while some are missing."""
+    from huggingface_hub import try_to_load_from_cache
+
+    folder = Path(locate_base(settings.base))
+    if not folder.is_dir():
+        found = try_to_load_from_cache(settings.base, "config.json", revision=find_commit(config))
+        if not isinstance(found, str):
+            return []
+        folder = Path(found).parent
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return sorted(folder.glob("*.safetensors"))
+    names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    paths = [folder / name for name in sorted(names)]
+    return paths if all(path.is_file() for path in paths) else []
 
 
 def _explain(settings: ModelSettings, what: str, error: Exception) -> str:

@@ -45,7 +45,8 @@ def go_on(places: list[int], written: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_it_writes_what_single_prompts_are_continued_with(make_model, family: str) -> None:
-    model, prompts = make_model(family), draw_prompts(1)
+    capped = family == "gemma2"  # SDPA would leave the caps out: koat loads it with eager attention
+    model, prompts = make_model(family, "eager" if capped else None), draw_prompts(1)
     layout, _ = verify_layout(model)
     assert verify_growth(model, layout)
     for budget in (4096, 40):

@@ -7,13 +7,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM, LlamaModel
+from transformers import GPTNeoConfig, GPTNeoForCausalLM, LlamaForCausalLM, LlamaModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from koat.forest import verify
 from koat.forest.attend import AttentionPlan
 from koat.forest.pack import RowCost
-from koat.forest.score import cut_sequences, token_logprobs
+from koat.forest.score import cut_sequences, set_kernel, token_logprobs
 from koat.forest.twin import make_twin, pick_layer_types
 from koat.forest.verify import (
     TWIN_TOLERANCE,
@@ -297,6 +297,39 @@ def test_flex_attention_that_cannot_compile_gives_way(
         expected = torch.cat(score_singly(right, make_sequences("shared")))
         torch.testing.assert_close(torch.cat(score_singly(model, make_sequences("shared"))), expected)
     assert measure_worst(model, make_sequences("shared"), layout, score_singly) < 5e-5
+
+
+def test_windows_by_row_index_are_tried_within_the_probe() -> None:
+    """GPT-Neo's local layers count places in the row, not positions: nothing longer than the window may be shared."""
+    torch.manual_seed(0)
+    config = GPTNeoConfig(
+        vocab_size=320, hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]],
+        window_size=64, max_position_embeddings=256, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    model = GPTNeoForCausalLM(config).eval().requires_grad_(False)
+    assert make_twin(model).config.window_size == 8 and config.window_size == 64
+    layout, found = verify_layout(model)
+    assert layout.plan is None and not found.shares
+
+
+def test_memory_that_runs_out_is_no_fault_of_a_layout(make_model, monkeypatch) -> None:
+    def run_out(*given, **more):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(verify, "measure_difference", run_out)
+    monkeypatch.setattr(verify._try_layout, "__defaults__", (run_out,))
+    with pytest.raises(torch.OutOfMemoryError):
+        verify_layout(make_model("llama"))
+
+
+def test_flex_attention_may_be_compiled_for_every_kind_of_row(make_model, monkeypatch) -> None:
+    config = pytest.importorskip("torch._dynamo.config")
+    monkeypatch.setattr(config, "recompile_limit", 8)
+    set_kernel(make_model("llama"), "flex")
+    assert config.recompile_limit == 64
+    monkeypatch.setattr(config, "recompile_limit", 100)
+    set_kernel(make_model("llama"), "flex")
+    assert config.recompile_limit == 100
 
 
 def test_the_twin_has_a_layer_of_every_type() -> None:

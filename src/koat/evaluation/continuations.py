@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from koat.evaluation.spans import settled
 from koat.forest.grow import grow_forest
+from koat.forest.kernels import pick_cached
 from koat.forest.score import Layout, set_kernel, unwrap
 from koat.forest.verify import verify_growth
 
@@ -181,7 +182,7 @@ class _Writer:
 def _prepare(model: nn.Module, layout: Layout) -> Any:
     """Give the model back the attention that a cache and padding work with: scoring may have set another."""
     if layout.plan is not None:
-        set_kernel(unwrap(model), "eager" if layout.plan.kernel == "eager" else "sdpa")
+        set_kernel(unwrap(model), pick_cached(unwrap(model), layout.plan.kernel))
     return model
 
 

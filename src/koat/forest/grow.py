@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from koat.core.sequence import supervise_from
 from koat.forest.attend import Kernel
 from koat.forest.head import compute_logits
+from koat.forest.kernels import pick_cached
 from koat.forest.pack import MicroBatch, RowCost, batch_rows, plan_rows
 from koat.forest.score import Layout, make_inputs, read_width, set_kernel, unwrap
 
@@ -89,7 +90,7 @@ def grow_rows(
     cache, growth = DynamicCache(), Growth(batch)
     inputs = {**make_inputs(causal, batch, layout), "past_key_values": cache, "use_cache": True}
     states = causal.base_model(**inputs).last_hidden_state.flatten(0, 1).index_select(0, batch.source)
-    kernel: Kernel = "eager" if layout.plan and layout.plan.kernel == "eager" else "sdpa"
+    kernel = pick_cached(causal, layout.plan.kernel if layout.plan else "sdpa")
     set_kernel(causal, kernel)
     written, logprobs = _choose(causal, states)
     lengths = torch.zeros(len(written), dtype=torch.int64)

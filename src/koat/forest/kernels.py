@@ -38,6 +38,11 @@ def list_kernels(model: nn.Module, wanted: str) -> list[Kernel]:
     return ["walk", "sdpa"]
 
 
+def pick_cached(causal: Any, kernel: Kernel) -> Kernel:
+    """Return the kernel for keys in a cache beside one that scores."""
+    return "eager" if kernel == "eager" else pick_dense(causal)
+
+
 def pick_dense(causal: Any) -> Kernel:
     """Return the kernel for dense masks: SDPA knows neither capped scores nor sinks, and says nothing of it."""
     capped = getattr(causal.config, "attn_logit_softcapping", None) is not None

@@ -22,6 +22,9 @@ from koat.forest.pack import MicroBatch, RowCost, batch_rows, plan_rows, plan_se
 from koat.forest.root import Root, shift_source, stand_on, take_root
 from koat.forest.walk import IMPLEMENTATION, Walk, register_walk
 
+MOST_COMPILED = 64
+"""How often one attention function may be compiled: a few kinds of gradient times the length buckets."""
+
 
 @dataclass(frozen=True, slots=True)
 class Layout:
@@ -167,8 +170,22 @@ def set_kernel(causal: Any, kernel: Kernel) -> None:
     """Let a model's layers compute attention with a kernel; they look it up at each pass."""
     if kernel == "walk":
         register_walk()
+    elif kernel == "flex":
+        allow_compiling()
     names = {"flex": "flex_attention", "walk": IMPLEMENTATION}
     causal.config._attn_implementation = names.get(kernel, kernel)
+
+
+def allow_compiling() -> None:
+    """Let FlexAttention be compiled for every kind of row and gradient that verification and training bring.
+
+    Past its limit PyTorch runs it uncompiled, with all scores in memory, and only logs it.
+    """
+    from torch._dynamo import config
+
+    for name in ("recompile_limit", "cache_size_limit"):  # one setting's names since PyTorch 2.7 and before
+        if hasattr(config, name):
+            setattr(config, name, max(getattr(config, name), MOST_COMPILED))
 
 
 def sum_by_owner(values: Tensor, owner: Tensor, num_sequences: int) -> Tensor:

@@ -13,7 +13,8 @@ from koat.forest.score import unwrap
 
 TWIN_WINDOW = 8
 """The twin's sliding window in tokens, where the family has one."""
-
+WINDOWS = ("sliding_window", "window_size", "attention_chunk_size", "keep_window_size")
+"""What families call how far a layer sees. Beyond the probe's length it would be tried on nothing."""
 
 MOST_LAYERS = 4
 """Where the first layers of a model hold every type, so many of them are taken."""
@@ -27,8 +28,9 @@ def make_twin(model: nn.Module) -> Any:
     config.num_hidden_layers = min(len(types) or 2, config.num_hidden_layers)
     if types and list(config.layer_types) != types:  # some families derive them from the number of layers
         config.layer_types = types[: config.num_hidden_layers]
-    if getattr(config, "sliding_window", None):
-        config.sliding_window = TWIN_WINDOW
+    for name in WINDOWS:
+        if isinstance(getattr(config, name, None), int):
+            setattr(config, name, TWIN_WINDOW)
     config.vocab_size = min(config.vocab_size, 512)
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         setattr(config, name, None)

@@ -22,7 +22,7 @@ from koat.core.soft_prompt import has_soft_prompt
 from koat.forest.attend import AttentionPlan, Kernel, find_windows
 from koat.forest.build import build_forest
 from koat.forest.grow import grow_forest
-from koat.forest.kernels import list_kernels
+from koat.forest.kernels import find_kernel, list_kernels, pick_cached
 from koat.forest.pack import RowCost
 from koat.forest.score import Layout, cut_sequences, estimate_row_cost, set_kernel, token_logprobs, unwrap
 from koat.forest.stream import stream_forest
@@ -170,6 +170,8 @@ def _try_layout(
     """Return the difference that a layout makes, or infinity and why it cannot run."""
     try:
         return measure(model, probe, layout), ""
+    except torch.OutOfMemoryError:  # says nothing of the layout
+        raise
     except Exception as error:  # the model's own code may fail in any way on inputs it does not know
         return float("inf"), f"{type(error).__name__}: {error}"
 
@@ -194,6 +196,8 @@ def _verify(model: nn.Module, kernels: list[Kernel]) -> tuple[Layout, Verificati
     causal, kernel = unwrap(model), kernels[-1]
     try:
         twin = make_twin(causal)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # an unusual configuration class; the model itself still runs
         log.warning("Prefixes are not shared: no small twin of this model can be made (%s).", error)
         return make_padded(), Verification(False, False, kernel, None, None, None, str(error))
@@ -253,11 +257,13 @@ def verify_growth(model: nn.Module, layout: Layout) -> bool:
         grown, _ = grow_forest(
             twin, _shrink_windows(layout), prompts, 12, lambda places, ids: torch.zeros(len(places)) > 0
         )
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # the model's own code may fail in any way on inputs it does not know
         log.warning("Prompts are continued one by one: %s: %s", type(error).__name__, error)
         return False
     wholes = [supervise_from(p + tuple(g.token_ids), len(p)) for p, g in zip(prompts, grown, strict=True)]
-    set_kernel(twin, "eager" if twin.config._attn_implementation == "eager" else "sdpa")
+    set_kernel(twin, pick_cached(twin, find_kernel(twin.config)))
     worst = max(
         float((torch.tensor(each.logprobs) - expected.cpu()).abs().max())
         for each, expected in zip(grown, single_logprobs(twin, wholes), strict=True)

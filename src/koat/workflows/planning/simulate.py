@@ -151,7 +151,8 @@ def pick_layout(model: nn.Module, settings: ModelSettings, device: torch.device)
     config = unwrap(model).config
     if settings.layout == "padded" or getattr(config, "alibi", False) or config.model_type in ALIBI_FAMILIES:
         return make_padded(split_head=True)
-    kernel: Kernel = "eager" if settings.attention == "eager" or find_kernel(config) == "eager" else "sdpa"
+    eager = find_kernel(config) == "eager" or pick_attention(settings.attention, config, device) == "eager"
+    kernel: Kernel = "eager" if eager else "sdpa"
     if kernel == "sdpa" and not has_cached_root(model) and _walks(model, settings, device):
         kernel = "walk"
     return list_candidates(config, kernel)[0]
@@ -161,8 +162,7 @@ def _walks(model: nn.Module, settings: ModelSettings, device: torch.device) -> b
     causal = unwrap(model)
     if pick_attention(settings.attention, causal.config, device) == "flex_attention":
         return True
-    capped = getattr(causal.config, "attn_logit_softcapping", None) is not None
-    return device.type == "cpu" and settings.attention == "auto" and causal._supports_attention_backend and not capped
+    return bool(device.type == "cpu" and settings.attention == "auto" and causal._supports_attention_backend)
 
 
 def keeps_squares(layout: Layout) -> bool:
