@@ -32,6 +32,27 @@ def take_steps(parameters, optimizer, first: int, last: int) -> None:
         optimizer.zero_grad(set_to_none=True)
 
 
+class Paged(torch.optim.SGD):
+    """Hands out pages as bitsandbytes' paged optimizers do, and like them loads ordinary tensors."""
+
+    is_paged = True
+
+    def get_state_buffer(self, parameter: nn.Parameter, dtype: torch.dtype) -> torch.Tensor:
+        page = torch.zeros_like(parameter, dtype=dtype)
+        page.is_page = True
+        return page
+
+
+def test_moments_of_a_paged_optimizer_lie_in_pages_again() -> None:
+    parameters = make_parameters()
+    optimizer = Paged(parameters)
+    tensors = {f"{number}.state1": torch.full_like(p, 2.0 + number) for number, p in enumerate(parameters)}
+    restore_optimizer(optimizer, tensors)
+    for number, parameter in enumerate(parameters):
+        moment = optimizer.state[parameter]["state1"]
+        assert getattr(moment, "is_page", False) and torch.equal(moment, tensors[f"{number}.state1"])
+
+
 @pytest.fixture(params=OPTIMIZERS)
 def settings(request) -> TrainingSettings:
     if request.param != "adamw":

@@ -81,8 +81,8 @@ def read_random_state() -> dict[str, Tensor]:
 
 
 def write_random_state(states: dict[str, Tensor]) -> None:
-    """Put the states of PyTorch's random generators back."""
+    """Put the states of PyTorch's random generators back, those of GPUs that are still there."""
     torch.set_rng_state(states["cpu"])
-    for name, state in states.items():
-        if name.startswith("cuda."):
-            torch.cuda.set_rng_state(state, int(name.removeprefix("cuda.")))
+    for number in range(torch.cuda.device_count()):
+        if f"cuda.{number}" in states:
+            torch.cuda.set_rng_state(states[f"cuda.{number}"], number)

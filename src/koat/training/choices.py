@@ -50,7 +50,7 @@ class Objective:
 
         `sums` are the log-probabilities of whole sequences, `[S]`.
         """
-        mean = sums.double().cpu() / self.length
+        mean = sums.cpu().double() / self.length
         count = int(self.example.max()) + 1
         top = torch.full((count,), -torch.inf, dtype=mean.dtype).scatter_reduce(0, self.example, mean, "amax")
         parts = (mean - top[self.example]).exp()

@@ -100,7 +100,7 @@ def accumulate_gradients(
             loss_sum += value
         loss = objective.measure(logprobs, batch.owner, slope)
         loss.backward()  # type: ignore[no-untyped-call]
-        loss_sum += loss.detach().double().cpu()
+        loss_sum += loss.detach().cpu().double()
     num_tokens = sum(batch.num_tokens for batch in batches)
     if accelerator.num_processes > 1:
         loss_sum, num_tokens = sum_over_processes(model, loss_sum, num_tokens, accelerator)
@@ -139,7 +139,7 @@ def sum_over_processes(
     for parameter in parameters:
         parameter.grad = flat[offset : offset + parameter.numel()].view_as(parameter).to(parameter.dtype)
         offset += parameter.numel()
-    return flat[-2].double().cpu(), int(flat[-1])
+    return flat[-2].cpu().double(), int(flat[-1])
 
 
 def train(

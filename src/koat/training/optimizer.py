@@ -68,3 +68,14 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tenso
         plain = value.dtype == torch.int64 and value.ndim == 0
         state.setdefault(int(number), {})[name] = int(value) if plain else value
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    if getattr(optimizer, "is_paged", False):
+        page_again(optimizer)
+
+
+def page_again(optimizer: Any) -> None:
+    """Move a paged optimizer's moments back into pages: bitsandbytes loads them as ordinary tensors on the GPU."""
+    for parameter, entries in optimizer.state.items():
+        for name in ("state1", "state2"):
+            if name in entries:
+                page = optimizer.get_state_buffer(parameter, dtype=entries[name].dtype)
+                entries[name] = page.copy_(entries[name])
