@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -192,3 +193,13 @@ def score_singly() -> Callable[..., list[Any]]:
 def randomise() -> Callable[..., None]:
     """`randomise(model, seed=0)`: move a fresh adapter away from the identity."""
     return randomise_adapter
+
+
+@pytest.fixture
+def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return an empty cache of the Hub, and let no call reach further."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("transformers.utils.hub.is_offline_mode", lambda: True, raising=False)
+    for name in ("huggingface_hub.constants.HF_HUB_CACHE", "huggingface_hub.file_download.HF_HUB_CACHE"):
+        monkeypatch.setattr(name, str(tmp_path / "hub"), raising=False)
+    return tmp_path / "hub"

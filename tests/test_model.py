@@ -13,14 +13,17 @@ from koat.core.errors import ModelError
 from koat.core.settings import ModelSettings
 from koat.model import (
     build_empty,
+    find_commit,
     fingerprint_base,
     load_config,
     load_model,
     load_tokenizer,
     locate_base,
+    pick_attention,
     pick_device,
     pick_dtype,
 )
+from tests.hub_cache import NAME, cache_base
 
 WEIGHTS = "model.safetensors"
 IDS = torch.arange(3, 20)[None]
@@ -213,6 +216,31 @@ def test_attention_that_the_family_lacks(make_model, tmp_path) -> None:
     assert "scaled_dot_product_attention" in refuse(load_model, settle(tmp_path, attention="sdpa"))
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_capped_scores_are_not_left_to_a_kernel_that_knows_no_caps(make_config, device) -> None:
+    """transformers takes SDPA for Gemma 2, which leaves the caps out and says nothing."""
+    config = make_config("gemma2", attn_logit_softcapping=0.5)
+    assert pick_attention("auto", config, torch.device(device)) == "eager"
+    assert pick_attention("sdpa", config, torch.device(device)) == "sdpa"
+
+
+def test_a_loaded_gemma_2_caps_its_scores(make_model, tmp_path) -> None:
+    capped = make_model("gemma2", "eager", attn_logit_softcapping=0.01)
+    capped.save_pretrained(str(tmp_path))
+    with torch.no_grad():
+        expected, found = (model(input_ids=IDS).logits for model in (capped, load_model(settle(tmp_path))))
+        capped.config._attn_implementation = "sdpa"
+        uncapped = capped(input_ids=IDS).logits
+    torch.testing.assert_close(found, expected)
+    assert (uncapped - expected).abs().max() > 1e-3
+
+
+def test_flex_attention_is_not_taken_where_attention_drops_out(make_config) -> None:
+    cuda = torch.device("cuda")
+    assert pick_attention("auto", make_config("llama"), cuda) == "flex_attention"
+    assert pick_attention("auto", make_config("llama", attention_dropout=0.1), cuda) is None
+
+
 # ------------------------------------------------------------------------------------------- fingerprint
 
 
@@ -230,6 +258,29 @@ def test_a_fingerprint_tells_bases_apart(base) -> None:
     stored = json.loads((base / "config.json").read_text(encoding="utf-8"))
     (base / "config.json").write_text(json.dumps({**stored, "rms_norm_eps": 0.1}), encoding="utf-8")
     assert take() not in {first, second}
+
+
+COMMITS = ["a" * 40, "b" * 40]
+
+
+def test_a_hub_id_has_the_fingerprint_of_its_files(base, hub_cache) -> None:
+    """A local copy is the same base, and so is a later commit that left the weights alone."""
+    expected = fingerprint_base(settle(base), load_config(settle(base)))
+    for commit in COMMITS:
+        cache_base(hub_cache, base, commit)
+        settings = settle(NAME)
+        config = load_config(settings)
+        assert find_commit(config) == commit
+        assert fingerprint_base(settings, config) == expected
+
+
+def test_a_hub_id_without_its_weights_is_told_by_its_commit(base, hub_cache) -> None:
+    found = set()
+    for commit in COMMITS:
+        cache_base(hub_cache, base, commit, weights=False)
+        settings = settle(NAME)
+        found.add(fingerprint_base(settings, load_config(settings)))
+    assert len(found) == 2 and fingerprint_base(settle(base), load_config(settle(base))) not in found
 
 
 def test_a_fingerprint_does_not_hang_on_what_transformers_adds(base, monkeypatch) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from safetensors.torch import load_file, save_file
 
 import koat
@@ -25,6 +26,8 @@ from koat.workflows.comparing.report import list_commands
 from koat.workflows.comparing.scored import collect_sources, group_subjects
 from koat.workflows.evaluating.asking import ASK
 from koat.workflows.evaluating.subject import open_subject
+from tests.hub_cache import NAME as NAME_ON_HUB
+from tests.hub_cache import cache_base
 from tests.tiny_base import call_koat, make_rows, write_base, write_rows
 
 TASK = "nsmc-prompt1"
@@ -226,6 +229,74 @@ def test_a_task_that_fails_costs_nothing_of_those_before(
     koat.evaluate(run, tasks=[TASK, "nsmc-prompt2"], data=reviews["test"], num_shots=0)
     (whole,) = (run / "predictions").glob("*.scores.json")
     assert len(json.loads(whole.read_text(encoding="utf-8"))["results"]) == 2
+
+
+def test_no_evaluation_takes_the_place_of_another(finished: Path, reviews: dict[str, Path], tmp_path: Path) -> None:
+    """Fewer items are another question, bfloat16 another condition; the same again replaces itself alone."""
+    run = shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(run / "predictions", ignore_errors=True)
+
+    def ask(limit: int, dtype: str) -> Path:
+        before = list_written()
+        koat.evaluate(run, tasks=[TASK], data=reviews["test"], num_shots=0, limit=limit, model={"dtype": dtype})
+        (changed,) = (path for path, stamp in list_written().items() if before.get(path) != stamp)
+        return changed
+
+    def list_written() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in (run / "predictions").glob("*.jsonl")}
+
+    asked = [(6, "float32"), (4, "float32"), (6, "bfloat16")]
+    first, again = [ask(*each) for each in asked], [ask(*each) for each in reversed(asked)]
+    assert len(set(first)) == 3 and again == first[::-1]
+    assert [len(path.read_text(encoding="utf-8").splitlines()) for path in first] == [6, 4, 6]
+    reports = [json.loads(path.read_text(encoding="utf-8")) for path in (run / "predictions").glob("*.scores.json")]
+    assert sorted(report["results"][0]["num_items"] for report in reports) == [4, 6, 6]
+
+
+def test_a_run_on_a_base_from_the_hub_finds_it_again(
+    place: Path, reviews: dict[str, Path], tmp_path: Path, hub_cache: Path
+) -> None:
+    """As it was when the run was trained, whatever came later; a local copy of it will do, another model will not."""
+    cache_base(hub_cache, place / "base", "a" * 40)
+    data = write_rows(tmp_path / "rows.jsonl", make_rows(4))
+    settings = {"model": {"base": NAME_ON_HUB}, "data": {"train": [str(data)]}, "training": {"max_steps": 1}}
+    run = koat.finetune(settings, out=tmp_path / "run").path
+    shutil.copytree(place / "base", tmp_path / "copy")
+    other = shutil.copytree(place / "base", tmp_path / "other")
+    state = load_file(other / "model.safetensors")
+    state["model.norm.weight"] += 1
+    save_file(state, other / "model.safetensors", metadata={"format": "pt"})
+    cache_base(hub_cache, other, "b" * 40)
+
+    def ask(**more: Any) -> Any:
+        found = koat.evaluate(run, tasks=[TASK], data=reviews["test"], num_shots=0, **more)
+        return found["results"][0]["scores"]["likelihood"]["value"]
+
+    assert ask() == ask(model={"base": str(tmp_path / "copy")})
+    with pytest.raises(koat.AdapterError, match="another base model"):
+        ask(model={"base": str(other)})
+    with pytest.raises(koat.AdapterError, match="another base model"):
+        ask(model={"revision": "main"})
+
+
+def test_two_tasks_of_one_name_are_refused(finished: Path, reviews: dict[str, Path], tmp_path: Path) -> None:
+    own = tmp_path / "mine.yaml"
+    task = load_task(TASK)
+    own.write_text(yaml.safe_dump({**task.model_dump(mode="json"), "prompt": "Review: {text}"}), encoding="utf-8")
+    with pytest.raises(koat.ConfigError, match="two different tasks are called"):
+        koat.evaluate(finished, tasks=[TASK, str(own)], data=reviews["test"], num_shots=0)
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_a_question_is_asked(
+    finished: Path, reviews: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(run / "predictions", ignore_errors=True)
+    (run / "predictions").write_text("a file where the folder belongs", encoding="utf-8")
+    (kind,) = {type(load_task(TASK))}
+    monkeypatch.setitem(ASK, kind, lambda *given: pytest.fail("asked for nothing"))
+    with pytest.raises(koat.RunFolderError):
+        koat.evaluate(run, tasks=[TASK], data=reviews["test"], num_shots=0)
 
 
 def test_padded_rows_are_run_where_they_are_asked_for(place: Path) -> None:

@@ -14,7 +14,7 @@ from koat.core.fingerprint import fingerprint_file
 from koat.core.run_folder import RunFolder
 from koat.core.settings import ModelSettings
 from koat.data.prompts import PromptTemplate, from_mapping
-from koat.model import fingerprint_base, load_config
+from koat.model import find_commit, fingerprint_base, load_config
 
 TEMPLATE = "prompt_template.json"
 TOKENIZER = (
@@ -103,14 +103,24 @@ def find_run(path: Path, settings: ModelSettings | None = None) -> Trained:
         raise RunFolderError(
             f"{path} holds no adapter: the run did not finish. Go on with `koat finetune --resume {path}`."
         )
-    expected = run.read_manifest()["base"]["fingerprint"]
-    found = fingerprint_base(stored, load_config(stored))
-    if found != expected:
+    recorded = run.read_manifest()["base"]
+    stored = pin_commit(stored, recorded)
+    config = load_config(stored)
+    found = fingerprint_base(stored, config)
+    # What the Hub has is told by its commit until the weights are here.
+    if found != recorded["fingerprint"] and not (recorded.get("commit") and recorded["commit"] == find_commit(config)):
         raise AdapterError(
-            f"The run in {path} was trained on another base model: fingerprint {expected}, but {stored.base!r} "
-            f"has {found}. Give the right one with `--base`."
+            f"The run in {path} was trained on another base model: fingerprint {recorded['fingerprint']}, but "
+            f"{stored.base!r} has {found}. Give the right one with `--base`."
         )
     return Trained(path.name, run.adapter, stored, run)
+
+
+def pin_commit(model: ModelSettings, recorded: dict[str, Any]) -> ModelSettings:
+    """Load a base from the Hub as it was when the run was trained, unless another one or revision was asked for."""
+    if model.revision is None and model.base == recorded["name"] and recorded.get("commit"):
+        return model.model_copy(update={"revision": recorded["commit"]})
+    return model
 
 
 def read_base_fingerprint(trained: Trained) -> str:

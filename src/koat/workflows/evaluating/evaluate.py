@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from koat.core.atomic import remove, write_json, write_text
+from koat.core.errors import ModelError
 from koat.evaluation.contract import hash_value
 from koat.evaluation.result import TaskResult
 from koat.workflows.evaluating.asking import ASK, Asking
 from koat.workflows.evaluating.exam import Exam, Key, describe_groups, gather_exam
 from koat.workflows.evaluating.subject import Subject, load_subject, open_subject
 from koat.workflows.measure import Cost
+from koat.workflows.out_of_memory import TO_EVALUATE, explain_out_of_memory
 
 __all__ = ["Subject", "evaluate_subject", "load_subject", "open_subject"]
 
@@ -53,6 +55,7 @@ def evaluate_subject(
     return evaluate_exam(subject, gather_exam(tasks, asking), on_progress=on_progress)
 
 
+@explain_out_of_memory(ModelError, "in evaluation", TO_EVALUATE)
 def evaluate_exam(
     subject: Subject, exam: Exam, *, on_progress: OnProgress = lambda task, done, total: None
 ) -> dict[str, Any]:
@@ -61,16 +64,19 @@ def evaluate_exam(
     Scores are on disk after every task: one that fails later costs nothing of those before it.
     """
     found: dict[Key, TaskResult] = {}
+    stems: list[str] = []
     report = begin_report(subject, exam)
     draft = subject.predictions / UNFINISHED
+    write_json(draft, report)  # a folder that cannot be written is found now, not after hours
+    remove(draft)
     for key, task in exam.tasks.items():
         with Cost(next(subject.model.parameters()).device) as cost:
             found[key] = ASK[type(task)](subject, task, exam.asking, report_for(task.name, on_progress))
         report["results"].append({**found[key].to_mapping(), "peak_bytes": cost.peak_bytes})
-        keep_predictions(subject, found[key])
+        stems.append(keep_predictions(subject, found[key]))
         if len(found) < len(exam.tasks):
             write_json(draft, report)
-    path = subject.predictions / f"{name_report(exam.names, found)}.scores.json"
+    path = subject.predictions / f"{name_report(exam.names, stems)}.scores.json"
     write_json(path, report)  # before the groups: a mistake in a group's file must not cost the scores
     remove(draft)
     if exam.groups or exam.tables:
@@ -98,23 +104,48 @@ def report_for(name: str, on_progress: OnProgress) -> Callable[[int, int], None]
     return lambda done, total: on_progress(name, done, total)
 
 
-def task_stem(result: TaskResult) -> str:
-    """Return a file name that tells a task's variants apart."""
-    seed = "" if result.shot_seed is None else f"-seed{result.shot_seed}"
-    return f"{result.task}-{result.num_shots}shot{seed}"
+def pick_stem(folder: Path, found: TaskResult) -> str:
+    """Return a file name that tells a task's variants apart.
+
+    Where that file holds answers to another question, or answers given under other conditions, a hash is added:
+    no evaluation takes the place of one that is not its own repetition.
+    """
+    seed = "" if found.shot_seed is None else f"-seed{found.shot_seed}"
+    stem = f"{found.task}-{found.num_shots}shot{seed}"
+    own = identify(found)
+    before = read_first(folder / f"{stem}.jsonl")
+    if all(before.get(key, own[key]) == own[key] for key in own):
+        return stem
+    return f"{stem}-{hash_value(own)[:8]}"
 
 
-def name_report(names: ListLike[str], found: dict[Key, TaskResult]) -> str:
+def read_first(path: Path) -> dict[str, Any]:
+    """Return a file's first prediction, nothing where there is none or it is damaged."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            return dict(json.loads(file.readline()))
+    except (OSError, ValueError):
+        return {}
+
+
+def identify(found: TaskResult) -> dict[str, Any]:
+    """Return the hashes of what was asked, by scoring, and of how."""
+    contracts = {scoring: parts.hash for scoring, parts in found.contracts.items()}
+    return {"contracts": contracts, "conditions": found.conditions.hash}
+
+
+def name_report(names: ListLike[str], stems: ListLike[str]) -> str:
     """Return the name of the file of scores: all tasks, or what was asked for where those are too many."""
-    stem = "-".join(task_stem(result) for result in found.values())
+    stem = "-".join(stems)
     if len(stem) <= LONGEST_NAME:
         return stem
     asked = "-".join(Path(name).stem for name in names)
     return f"{asked[: LONGEST_NAME - 9]}-{hash_value(stem)[:8]}"
 
 
-def keep_predictions(subject: Subject, found: TaskResult) -> None:
-    """Write every prediction as a JSON line, with the contracts they stand under."""
-    contracts = {scoring: parts.hash for scoring, parts in found.contracts.items()}
-    lines = [json.dumps({**row, "contracts": contracts}, ensure_ascii=False) for row in found.predictions]
-    write_text(subject.predictions / f"{task_stem(found)}.jsonl", "\n".join(lines) + "\n")
+def keep_predictions(subject: Subject, found: TaskResult) -> str:
+    """Write every prediction as a JSON line, with the contracts they stand under; return the file's name."""
+    stem = pick_stem(subject.predictions, found)
+    lines = [json.dumps({**row, **identify(found)}, ensure_ascii=False) for row in found.predictions]
+    write_text(subject.predictions / f"{stem}.jsonl", "\n".join(lines) + "\n")
+    return stem

@@ -36,8 +36,13 @@ class Exam:
     manager: Any = None
 
     def add(self, task: Leaf) -> Key:
-        """Add one task and return its key."""
+        """Add one task and return its key. Raises ConfigError for another of koat's own tasks of that name."""
         key = (task.name, getattr(task, "num_shots", 0))
+        if isinstance(task, Task | AnswerTask) and self.tasks.get(key, task) != task:
+            raise ConfigError(
+                f"two different tasks are called {task.name!r}, and their scores could not be told apart. Give one of "
+                "them another `name:`."
+            )
         self.tasks.setdefault(key, task)
         return key
 

@@ -18,7 +18,7 @@ from koat.adapters.attach import Attached, save_adapter
 from koat.adapters.methods import check_combination
 from koat.core.atomic import atomic_folder, write_json
 from koat.core.config import Resolved
-from koat.core.errors import ConfigError, RunFolderError
+from koat.core.errors import ConfigError, RunFolderError, TrainingError
 from koat.core.json_lines import append_line, truncate_lines
 from koat.core.run_folder import RunFolder
 from koat.core.settings import ModelSettings, TrainingSettings
@@ -28,6 +28,7 @@ from koat.training.loop import StepRecord, TrainingResult, measure_loss, train
 from koat.training.optimizer import check_optimizer
 from koat.workflows.config import RunConfig
 from koat.workflows.measure import Cost
+from koat.workflows.out_of_memory import TO_TRAIN, explain_out_of_memory
 from koat.workflows.trained import TEMPLATE
 from koat.workflows.training.prepare import Prepared, Say, check_offload, prepare_run, settle_paths
 
@@ -115,7 +116,7 @@ def begin_run(run: RunFolder, config: RunConfig, manifest: dict[str, Any], resum
         RunFolder.create(run.path, overwrite=True)
     if resume and run.manifest.exists():
         stored = run.read_manifest()
-        changed = [part for part in ("data", "base", "templates") if stored.get(part) != manifest[part]]
+        changed = [part for part in ("data", "base", "templates") if has_changed(part, stored, manifest)]
         if changed:
             raise RunFolderError(
                 f"The run in {run.path} cannot go on: its {' and '.join(changed)} changed since it began. "
@@ -123,6 +124,14 @@ def begin_run(run: RunFolder, config: RunConfig, manifest: dict[str, Any], resum
             )
     run.write_config(settle_paths(config))
     run.write_manifest(manifest)
+
+
+def has_changed(part: str, stored: dict[str, Any], manifest: dict[str, Any]) -> bool:
+    """Whether a part of a run's manifest is not what it was; another commit with the same weights is no other base."""
+    before, now = stored.get(part), manifest[part]
+    if part == "base" and isinstance(before, dict):
+        return any(before.get(key) != now[key] for key in ("name", "fingerprint"))
+    return bool(before != now)
 
 
 def make_accelerator(model: ModelSettings, training: TrainingSettings) -> Accelerator:
@@ -137,6 +146,7 @@ def make_accelerator(model: ModelSettings, training: TrainingSettings) -> Accele
     return Accelerator(cpu=device.type == "cpu", mixed_precision=mixed)
 
 
+@explain_out_of_memory(TrainingError, "in training", TO_TRAIN)
 def train_in_folder(
     run: RunFolder,
     prepared: Prepared,

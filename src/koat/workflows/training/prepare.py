@@ -22,6 +22,7 @@ from koat.forest.score import Layout, unwrap
 from koat.forest.verify import Verification
 from koat.model import (
     count_parameters,
+    find_commit,
     find_context_length,
     fingerprint_base,
     load_config,
@@ -30,6 +31,7 @@ from koat.model import (
 )
 from koat.quantise.check import check_quantised_layers
 from koat.workflows.config import PlanConfig, RunConfig
+from koat.workflows.out_of_memory import TO_TRAIN, explain_out_of_memory
 from koat.workflows.training.examples import Examples, load_examples
 from koat.workflows.training.manifest import describe_hardware, describe_versions, fingerprint_data
 
@@ -47,6 +49,7 @@ class Prepared:
     manifest: dict[str, Any]
 
 
+@explain_out_of_memory(TrainingError, "before training began", TO_TRAIN)
 def prepare_run(config: RunConfig, model_settings: ModelSettings, say: Say) -> Prepared:
     """Read the data, load the base, attach the adapter and verify the layout, saying what was found."""
     tokenizer, base_config = load_tokenizer(config.model), load_config(config.model)
@@ -147,6 +150,7 @@ def describe_run(
         "base": {
             "name": settle_paths(config)["model"]["base"],
             "fingerprint": fingerprint_base(config.model, base_config),
+            "commit": find_commit(base_config),
         },
         "seed": config.training.seed,
         "templates": [template.to_mapping() for template in examples.templates],

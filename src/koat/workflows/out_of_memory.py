@@ -1,0 +1,30 @@
+"""What to say when memory runs out in the middle of the work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from koat.core.errors import KoatError
+
+TO_TRAIN = (
+    "Lower training.tokens_per_microbatch, set training.activation_checkpointing=true or model.quantisation=nf4; "
+    "`koat plan --fit 24GB` says what fits a card."
+)
+TO_EVALUATE = "Lower --tokens, or give --dtype bfloat16."
+CPU = "can't allocate memory"
+"""What PyTorch's allocator says on a CPU, in an error of no kind of its own."""
+
+
+@contextmanager
+def explain_out_of_memory(kind: type[KoatError], what: str, advice: str) -> Iterator[None]:
+    """Turn an allocator's error within a block, or a function that it decorates, into one that says what to change."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and CPU not in str(error):
+            raise
+        first = str(error).strip().splitlines()[0]
+        raise kind(f"Memory ran out {what}: {first} {advice}") from error
