@@ -270,8 +270,9 @@ def measure(name: str, base: str, options: Options, findings: Findings) -> None:
     passed = all(check.passed for check in checks)
     for work in list_works(options):
         sized = replace(options, size=work.size)
+        what = f"{name} {work.size}, {work.num_tokens:,} tokens"
         result = Result(
-            "IA3 step", f"{name} {work.size}, {work.num_tokens:,} tokens", base, "ia3", PEER, "; ".join(map(str, checks)), passed,
+            "IA3 step", what, base, "ia3", PEER, "; ".join(map(str, checks)), passed,
             f"{PEER}: koat's configuration, plain PEFT layers; {NUM_LAYERS} layers, {work.rows} x {work.length} tokens",
         )  # fmt: skip
         findings.results.append(result)
