@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import json
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -177,6 +179,14 @@ def test_csv_is_read_with_standard_quoting(tmp_path: Path) -> None:
     assert [record.source.rsplit(":", 1)[1] for record in records] == ["2", "4"]
 
 
+def test_csv_cells_may_be_longer_than_the_csv_module_allows_by_itself(tmp_path: Path) -> None:
+    before = csv.field_size_limit()
+    article = "긴 글, " * before
+    records = read_records(write(tmp_path / "a.csv", f'q,a\n"{article}",x\ny,z\n')).records
+    assert [record.fields["q"] for record in records] == [article, "y"]
+    assert csv.field_size_limit() == before
+
+
 def test_columns_values_and_cleaning(tmp_path: Path) -> None:
     path = write(tmp_path / "a.tsv", "id\tdocument\tlabel\n1\t최고! ㅋㅋ (10/10)\t1\n2\t별로 :( \t 0\n")
     found = read_records(
@@ -203,6 +213,15 @@ def test_mapped_json_and_unmapped_json_as_a_table(tmp_path: Path) -> None:
 def test_clean_text() -> None:
     assert clean_text("hangul", "재밌다!! ㅋㅋㅠㅠ 10점\n good漢字") == "재밌다 ㅋㅋㅠㅠ 점\n "
     assert clean_text("strip", " a b\n") == "a b"
+
+
+def test_hangul_taken_apart_is_cleaned_as_if_it_were_joined(tmp_path: Path) -> None:
+    text = "값이 재밌다!! ㅋㅋㅠㅠ 10점 漢字"
+    apart = unicodedata.normalize("NFD", text)
+    assert apart != text
+    assert clean_text("hangul", apart) == clean_text("hangul", text) == "값이 재밌다 ㅋㅋㅠㅠ 점 "
+    path = write(tmp_path / "a.tsv", f"d\tlabel\n{apart}\t1\n")
+    assert read_records(path, clean={"d": "hangul"}).records[0].fields["d"] == "값이 재밌다 ㅋㅋㅠㅠ 점 "
 
 
 def test_skipping_counts_and_lists_bad_rows(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import unicodedata
+
 import pytest
 
 from koat.evaluation.answers import match_exactly, measure_overlap, normalise_answer, score_answer
@@ -52,6 +54,14 @@ def test_answers_worked_by_hand(predicted: str, right: str, exact: float, overla
     assert match_exactly(predicted, right) == exact
     assert measure_overlap(predicted, right) == pytest.approx(overlap)
     assert measure_overlap(right, predicted) == pytest.approx(overlap)
+
+
+@pytest.mark.parametrize("text", ["임수경", "《값》의 Café", "F-16 전투기"])
+def test_an_answer_taken_apart_is_the_joined_one(text: str) -> None:
+    apart = unicodedata.normalize("NFD", text)
+    assert apart != text
+    assert normalise_answer(apart) == normalise_answer(text)
+    assert score_answer(text, [apart]) == score_answer(apart, [text]) == {"exact_match": 1.0, "f1": 1.0}
 
 
 def test_the_best_of_several_right_answers_counts_for_each_metric() -> None:

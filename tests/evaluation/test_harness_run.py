@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +191,25 @@ def test_a_contract_pins_items_shots_and_metric(lms: tuple[Callable[..., KoatLM]
 def test_functions_are_pinned_by_their_source() -> None:
     assert "def test_functions_are_pinned" in to_plain(test_functions_are_pinned_by_their_source)
     assert to_plain({1: (None, True, len)}) == {"1": [None, True, "builtins.len"]}
+
+
+def test_a_partial_function_is_pinned_with_what_is_filled_in() -> None:
+    def write_prompt(doc: dict[str, str], ending: str) -> str:
+        return doc["question"] + ending
+
+    def write_another(doc: dict[str, str], ending: str) -> str:
+        return ending + doc["question"]
+
+    base = to_plain(partial(write_prompt, ending="?"))
+    assert base == {"partial": to_plain(write_prompt), "args": [], "keywords": {"ending": "?"}}
+    assert "def write_prompt" in base["partial"]
+    assert base == to_plain(partial(write_prompt, ending="?"))
+    others = [
+        partial(write_prompt, ending="!"),
+        partial(write_prompt, {}, ending="?"),
+        partial(write_another, ending="?"),
+    ]
+    assert base not in [to_plain(other) for other in others]
 
 
 # Names and shots -----------------------------------------------------------------------------------------------

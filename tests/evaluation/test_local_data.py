@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -29,6 +30,19 @@ def test_columns_fill_fields_and_first_rows_are_shots(tmp_path: Path) -> None:
     splits = load_local(str(tmp_path), files={"validation": "dev.tsv"}, columns=COLUMNS, pool=1, pretrained="nano")
     assert splits["shots"][0] == {"question": '그는 "네" 했다', "answer": "TRUE"}
     assert splits["validation"]["question"] == ["둘", "셋"]
+
+
+@pytest.mark.parametrize("name", ["dev.csv", "dev.jsonl"])
+def test_quotation_marks_that_are_text_stay(tmp_path: Path, name: str) -> None:
+    quoted = ['"네"', '"네" 또는 "아니오"', '그는 ""네"" 했다']
+    if name == "dev.csv":
+        cells = ['"' + text.replace('"', '""') + '"' for text in quoted]
+        lines = ["Text,Answer", *(f"{cell},x" for cell in cells)]
+    else:
+        lines = [json.dumps({"Text": text, "Answer": "x"}, ensure_ascii=False) for text in quoted]
+    (tmp_path / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    splits = load_local(str(tmp_path), files={"validation": name}, columns=COLUMNS)
+    assert splits["validation"]["question"] == quoted
 
 
 def test_a_table_without_header_gets_one(tmp_path: Path) -> None:
@@ -68,7 +82,7 @@ def test_what_is_missing_is_asked_for(tmp_path: Path) -> None:
 
 def test_texts_are_put_right() -> None:
     assert unquote('"') == '"'
-    assert unquote(3) == 3
+    assert unquote('"그는 ""네"" 했다"') == '그는 "네" 했다'
     assert tidy_wikihow(" How to cook [title] Wash it. [step] Rub ") == "How to cook. Wash it. Rub"
     row = {"activity": "Diving", "context": "A man jumps. he", "endings": ["falls.", "[header] flies."], "gold": "1"}
     assert make_hellaswag(row)["query"] == "Diving: A man jumps. he"

@@ -146,8 +146,9 @@ def test_bootstrap_is_the_same_every_time_and_turns_with_its_sides() -> None:
     assert found != compare_values(left, right, seed=1)
 
 
-def test_bootstrap_of_equal_values() -> None:
-    values = [0.1, 0.5, 0.9, 0.3]
+@pytest.mark.parametrize("times", [1, 10])
+def test_equal_values_do_not_differ(times: int) -> None:
+    values = [0.1, 0.5, 0.9, 0.3] * times
     found = compare_values(values, values)
     assert (found.value, found.low, found.high, found.p, found.smallest) == (0, 0, 0, 1, None)
 
@@ -159,6 +160,64 @@ def test_bootstrap_covers_the_truth() -> None:
         found = compare_values(left, right, num_samples=1000)
         covered.append(found.low <= 0.02 <= found.high)
     assert 0.91 <= np.mean(covered) <= 0.98
+
+
+def test_few_values_are_compared_by_the_t_test() -> None:
+    left, right = draw_values(12, 0.1, 0)
+    found = compare_values(left, right)
+    expected = stats.ttest_rel(right, left)
+    interval = expected.confidence_interval()
+    assert found.test == "paired t test"
+    assert found.p == pytest.approx(expected.pvalue)
+    assert (found.low, found.high) == (pytest.approx(interval.low), pytest.approx(interval.high))
+    assert compare_values(*draw_values(30, 0.1, 0)).test == "paired bootstrap"
+
+
+@pytest.mark.parametrize("value", [0.3, -0.3])
+@pytest.mark.parametrize("num_items", [2, 5, 6, 17, 29])
+@pytest.mark.parametrize("num_seeds", [0, 1, 3], ids=["values", "a seed", "three seeds"])
+def test_few_like_differences_are_no_certainty(value: float, num_items: int, num_seeds: int) -> None:
+    if num_seeds:
+        left = np.full((num_seeds, num_items), 0.5)
+        found = compare_seeds(left, left + value)
+    else:
+        found = compare_values([0.5] * num_items, [0.5 + value] * num_items)
+    # Of the 2^N ways to give N differences signs, two lie as far out as signs that are all alike.
+    assert found.p == pytest.approx(2.0 ** (1 - num_items))
+    assert found.low < value < found.high
+    assert (found.low <= 0 <= found.high) == (found.p >= 0.05) == (num_items <= 5)
+    needed = found.count_needed()
+    assert needed is not None and 3 <= needed <= 16 and found.smallest is not None
+
+
+def test_five_items_of_one_sign_prove_nothing() -> None:
+    # Flipping signs gives p = 2 / 2^5 at least, however close together the five lie.
+    found = compare_values([0.1, 0.2, 0.3, 0.4, 0.5], [0.31, 0.4, 0.52, 0.6, 0.71])
+    assert stats.ttest_1samp([0.21, 0.2, 0.22, 0.2, 0.21], 0).pvalue < 1e-4
+    assert found.p == pytest.approx(0.0625)
+    assert found.low < 0 < found.value < found.high
+
+
+@pytest.mark.parametrize(("left", "right"), [(0.5, 0.8), (0.8, 0.5), (0.4, 0.4)])
+def test_one_item_says_nothing(left: float, right: float) -> None:
+    seeds = (np.array([[left], [left], [left + 0.1]]), np.array([[right]]))
+    for found in (compare_values([left], [right]), compare_seeds(*seeds)):
+        assert (found.low, found.high, found.p, found.num_items, found.smallest) == (-1, 1, 1, 1, None)
+    assert compare_values([left], [right]).value == pytest.approx(right - left)
+
+
+def test_differences_too_small_to_be_squared_are_compared() -> None:
+    left, right = [0.0] * 6, [1e-90, 2e-90, 3e-90, 1e-90, 0.0, 0.0]
+    assert compare_values(left, right).p == pytest.approx(stats.ttest_rel(np.array(right) * 1e90, left).pvalue)
+
+
+@pytest.mark.parametrize("num_items", [6, 12, 24])
+def test_few_values_cover_the_truth(num_items: int) -> None:
+    pairs = [draw_values(num_items, 0.02, seed) for seed in range(1000)]
+    found = [compare_values(left, right) for left, right in pairs]
+    assert 0.93 <= np.mean([each.low <= 0.02 <= each.high for each in found]) <= 0.98
+    same = [compare_values(left, np.subtract(right, 0.02)) for left, right in pairs]
+    assert np.mean([each.p < 0.05 for each in same]) <= 0.07
 
 
 def test_what_cannot_be_paired_is_a_bug() -> None:

@@ -56,6 +56,15 @@ def test_seeds_that_agree_on_every_item_do_not_spread() -> None:
     assert spread.over_items == pytest.approx(sqrt(0.75 * 0.25 / 3))
 
 
+@pytest.mark.parametrize("values", [[[1], [1], [1]], [[1], [0]], [[0.2], [0.3], [0.4]]])
+def test_one_item_leaves_everything_open(values: list[list[float]]) -> None:
+    spread = measure_spread(values)
+    assert spread.mean == pytest.approx(np.mean(values))
+    assert (spread.low, spread.high, spread.error, spread.over_items) == (0, 1, 0.5, 0.5)
+    assert spread.over_seeds == spread.observed == pytest.approx(np.std(values, ddof=1))
+    assert (spread.num_seeds, spread.num_items) == (len(values), 1)
+
+
 @pytest.mark.parametrize(("num_seeds", "over_seeds"), [(3, 0.0), (3, 0.05), (8, 0.05)])
 def test_the_mean_over_seeds_is_covered(num_seeds: int, over_seeds: float) -> None:
     rng, covered = np.random.default_rng(3), []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -32,7 +33,8 @@ from koat.data.tables import guess_delimiter, read_table
 _JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
 _NOT_HANGUL = re.compile(r"[^가-힣ㄱ-ㅎㅏ-ㅣ\s]")
 _CLEANERS: dict[str, Callable[[str], str]] = {
-    "hangul": lambda text: _NOT_HANGUL.sub("", text),
+    # Syllables taken apart (NFD, which macOS writes) are made of other letters than these, so they are joined first.
+    "hangul": lambda text: _NOT_HANGUL.sub("", unicodedata.normalize("NFC", text)),
     "strip": lambda text: text.strip(),
 }
 

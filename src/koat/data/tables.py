@@ -57,7 +57,7 @@ def _split_csv(text: str) -> Iterator[Cells]:
     while True:
         number = reader.line_num + 1
         try:
-            cells = next(reader)
+            cells = _read_cells(reader, len(text))
         except StopIteration:
             return
         except csv.Error as error:
@@ -65,3 +65,17 @@ def _split_csv(text: str) -> Iterator[Cells]:
             continue
         if any(cell.strip() for cell in cells) or len(cells) > 1:
             yield number, cells, ""
+
+
+def _read_cells(rows: Iterator[list[str]], longest: int) -> list[str]:
+    """Return the next row of a CSV reader, whose cells may have up to `longest` characters.
+
+    The csv module refuses more than 131,072, which long articles have. Its limit holds for the whole process, so it is
+    put back after each row.
+    """
+    before = csv.field_size_limit()
+    csv.field_size_limit(max(before, longest))
+    try:
+        return next(rows)
+    finally:
+        csv.field_size_limit(before)

@@ -2,7 +2,8 @@
 
 A text is normalised first: quotation marks, brackets and parentheses become spaces, letters lower case, all other
 ASCII punctuation goes, runs of white space become one space. Particles stay: `서울에서` is no exact match for `서울`,
-but shares two of its four characters. Of several right answers the best counts.
+but shares two of its four characters. Of several right answers the best counts. Syllables taken apart (NFD) are
+joined, which the official evaluation leaves to the file; for a text in NFC nothing changes.
 
 Source: Lim, Kim and Lee (2019), KorQuAD1.0: Korean QA dataset for machine reading comprehension, and its official
 evaluation at korquad.github.io.
@@ -11,6 +12,7 @@ evaluation at korquad.github.io.
 from __future__ import annotations
 
 import string
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 
@@ -21,7 +23,7 @@ _RULES = str.maketrans({**dict.fromkeys(string.punctuation), **dict.fromkeys(MAR
 
 def normalise_answer(text: str) -> str:
     """Return an answer without what does not count."""
-    return " ".join(text.lower().translate(_RULES).split())
+    return " ".join(unicodedata.normalize("NFC", text).lower().translate(_RULES).split())
 
 
 def match_exactly(predicted: str, right: str) -> float:

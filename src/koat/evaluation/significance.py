@@ -28,6 +28,8 @@ from koat.evaluation.spread import add_errors, count_freedom, split_variance
 NUM_SAMPLES = 10_000
 BLOCK = 2_000_000
 """Draws of the bootstrap that are held at once."""
+FEW = 30
+"""So many items the bootstrap needs: drawn from fewer, its means spread too little."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,25 +108,39 @@ def _square_and_add(left: tuple[float, int], right: tuple[float, int], phi: floa
 
 
 def compare_values(left: ArrayLike, right: ArrayLike, *, num_samples: int = NUM_SAMPLES, seed: int = 0) -> Difference:
-    """Compare two means of values `[N]` on the same items: paired bootstrap with its percentile interval.
+    """Compare two means of values `[N]` on the same items: paired bootstrap, with few items the paired t test.
 
-    The p-value is the share of draws, moved to a mean of zero, that lie as far out as the difference. The same
-    values and seed give the same numbers. Source: Efron and Tibshirani (1993), An introduction to the bootstrap,
-    sections 13.3 and 16.4.
+    The same values and seed give the same numbers. One item alone says nothing: its interval holds all that can be.
     """
     ours, theirs = np.asarray(left, dtype=float), np.asarray(right, dtype=float)
     _check_pairs(len(ours), len(theirs))
     differences = theirs - ours
     value, num_items = float(differences.mean()), len(differences)
+    test = "paired t test" if num_items < FEW else "paired bootstrap"
+    if num_items < 2:
+        return _say_nothing(value, test)
+    deviation = float(differences.std(ddof=1))
+    if num_items < FEW:
+        low, high, p = judge_mean(value, num_items, [(deviation**2 / num_items, num_items - 1)])
+        deviation = max(deviation, sqrt(num_items) * find_least_error(value, num_items, num_items - 1))
+    else:
+        low, high, p = bootstrap_mean(differences, num_samples, seed)
+    noise = noise_of_means(deviation)
+    return Difference(value, low, high, p, test, True, num_items, find_smallest(num_items, noise), noise)
+
+
+def bootstrap_mean(differences: np.ndarray, num_samples: int, seed: int) -> tuple[float, float, float]:
+    """Return the percentile interval and the p-value of a mean of differences `[N]`.
+
+    The p-value is the share of draws, moved to a mean of zero, that lie as far out as the mean. Source: Efron and
+    Tibshirani (1993), An introduction to the bootstrap, sections 13.3 and 16.4.
+    """
+    value = float(differences.mean())
     means = draw_means(differences, num_samples, np.random.default_rng(seed))
     low, high = (float(bound) for bound in np.percentile(means, (2.5, 97.5)))
     # Sums in another order differ in their last digits; equal means must count as equal.
     num_beyond = int((np.abs(means - value) >= abs(value) - 1e-12).sum())
-    noise = noise_of_means(float(differences.std(ddof=1)) if num_items > 1 else 0.0)
-    return Difference(
-        value, low, high, (1 + num_beyond) / (1 + num_samples), "paired bootstrap", True, num_items,
-        find_smallest(num_items, noise), noise,
-    )  # fmt: skip
+    return low, high, (1 + num_beyond) / (1 + num_samples)
 
 
 def draw_means(values: np.ndarray, num_samples: int, generator: np.random.Generator) -> np.ndarray:
@@ -141,13 +157,15 @@ def compare_seeds(left: np.ndarray, right: np.ndarray) -> Difference:
     """Compare two methods `[S, N]` (seeds, which may differ in number, and the same items, at least 2): t test.
 
     The error adds what items do to the mean difference per item and what seeds do to each method, with
-    Satterthwaite's degrees of freedom. Of a method with one seed, what another seed would do is not in it.
+    Satterthwaite's degrees of freedom. Of a method with one seed, what another seed would do is not in it. One item
+    alone says nothing: its interval holds all that can be.
     """
-    from scipy.stats import t
-
     _check_pairs(left.shape[1], right.shape[1])
     differences = right.mean(0) - left.mean(0)
     value, num_items = float(differences.mean()), len(differences)
+    test = "t test over seeds and items"
+    if num_items < 2:
+        return _say_nothing(value, test)
     items = float(differences.var(ddof=1))
     several = [side for side in (left, right) if len(side) > 1]
     # What chance does to a seed on an item is in the variance over items and in that over seeds: counted once.
@@ -155,13 +173,42 @@ def compare_seeds(left: np.ndarray, right: np.ndarray) -> Difference:
     twice = sum(part.rest / number for part, number in parts)
     terms = [(max(0.0, items - twice) / num_items, num_items - 1)]
     terms += [(float(side.mean(1).var(ddof=1)) / len(side), len(side) - 1) for side in several]
-    error, reach = add_errors(terms)
-    p = float(2 * t.sf(abs(value) / error, count_freedom(terms))) if error else float(value == 0)
-    noise = noise_of_means(sqrt(items), sum(part.seed / number for part, number in parts))
-    return Difference(
-        value, max(-1.0, value - reach), min(1.0, value + reach), p, "t test over seeds and items", True, num_items,
-        find_smallest(num_items, noise), noise,
-    )  # fmt: skip
+    low, high, p = judge_mean(value, num_items, terms)
+    deviation = max(sqrt(items), sqrt(num_items) * find_least_error(value, num_items, num_items - 1))
+    noise = noise_of_means(deviation, sum(part.seed / number for part, number in parts))
+    return Difference(value, low, high, p, test, True, num_items, find_smallest(num_items, noise), noise)
+
+
+def judge_mean(value: float, num_items: int, terms: Sequence[tuple[float, int]]) -> tuple[float, float, float]:
+    """Return the 95 % interval and the p-value of a mean difference by a t test.
+
+    `terms` are its squared errors with their degrees of freedom. Differences that by luck are alike are no proof of
+    precision: the error is never below `find_least_error`, so interval and p-value stay in agreement.
+    """
+    from scipy.stats import t
+
+    error, _ = add_errors(terms)
+    freedom = count_freedom(terms) if error else float(num_items - 1)
+    error = max(error, find_least_error(value, num_items, freedom))
+    reach = error * float(t.ppf(1 - ALPHA / 2, freedom))
+    p = float(2 * t.sf(abs(value) / error, freedom)) if error else float(value == 0)
+    return max(-1.0, value - reach), min(1.0, value + reach), p
+
+
+def find_least_error(value: float, num_items: int, freedom: float) -> float:
+    """Return the error with which a mean of few differences has the p-value 2^(1-N) in a t test; zero for many.
+
+    That is the least p-value which an exact test by flipping the signs of N differences can give. Source: Fisher
+    (1935), The design of experiments, section 21.
+    """
+    from scipy.stats import t
+
+    return abs(value) / float(t.isf(2.0**-num_items, freedom)) if num_items < FEW else 0.0
+
+
+def _say_nothing(value: float, test: str) -> Difference:
+    """Return what one item shows of a difference: nothing, whatever it is."""
+    return Difference(value, -1.0, 1.0, 1.0, test, True, 1, None, noise_of_means(0.0))
 
 
 def compare_counts(left: float, num_left: int, right: float, num_right: int) -> Difference:

@@ -10,6 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+LARGEST = 0.5
+"""No standard deviation of shares is larger: half of them 0, the others 1."""
+
 
 @dataclass(frozen=True, slots=True)
 class Spread:
@@ -17,7 +20,8 @@ class Spread:
 
     `observed` is the standard deviation of the seeds' scores as they are. `over_seeds` is what another seed alone
     would change: `observed` less what so few items do to each seed by chance. `over_items` is what other items of
-    the same kind would change in one seed's score. `error` is the standard error of the mean, both in it.
+    the same kind would change in one seed's score. `error` is the standard error of the mean, both in it. One item
+    cannot tell them apart: `over_seeds` is then `observed`, `over_items` and `error` are the most that shares allow.
     """
 
     mean: float
@@ -63,13 +67,14 @@ def measure_spread(values: ArrayLike, confidence: float = 0.95) -> Spread:
     """Return the mean of scores `[S, N]` (at least 2 seeds, the same items in the same order) and its spreads."""
     table = np.asarray(values, dtype=float)
     num_seeds, num_items = table.shape
+    observed, mean = float(table.mean(1).std(ddof=1)), float(table.mean())
+    if num_items < 2:
+        return Spread(mean, 0.0, 1.0, observed, observed, LARGEST, LARGEST, num_seeds, num_items)
     parts = split_variance(table)
-    observed = float(table.mean(1).std(ddof=1))
     # Seeds that by luck lie closer than chance on the items would put them are no proof of precision.
     of_seeds = max(observed**2, parts.rest / num_items) / num_seeds
     terms = [(of_seeds, num_seeds - 1), (parts.item / num_items, num_items - 1)]
     error, reach = add_errors(terms, confidence)
-    mean = float(table.mean())
     return Spread(
         mean=mean,
         low=max(0.0, mean - reach),
@@ -99,4 +104,5 @@ def add_errors(terms: Sequence[tuple[float, int]], confidence: float = 0.95) -> 
 def count_freedom(terms: Sequence[tuple[float, int]]) -> float:
     """Return Satterthwaite's degrees of freedom of a sum of squared errors that is not zero."""
     total = sum(square for square, _ in terms)
-    return float(total**2 / sum(square**2 / freedom for square, freedom in terms))
+    # Shares of the sum: squares of very small squares would vanish.
+    return float(1 / sum((square / total) ** 2 / freedom for square, freedom in terms))

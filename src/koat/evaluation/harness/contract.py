@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from koat.evaluation.contract import Parts, hash_value
@@ -79,13 +80,18 @@ def describe_normalisation(config: Any, metric: str) -> Any:
 
 
 def to_plain(value: Any) -> Any:
-    """Return a JSON-safe value that is the same in every process: functions and classes as their source."""
+    """Return a JSON-safe value that is the same in every process: functions and classes as their source.
+
+    A partial function is its function and what is filled in.
+    """
     if isinstance(value, Mapping):
         return {str(key): to_plain(each) for key, each in value.items()}
     if isinstance(value, list | tuple | set):
         return [to_plain(each) for each in value]
     if value is None or isinstance(value, str | int | float | bool):
         return value
+    if isinstance(value, partial):
+        return {"partial": to_plain(value.func), "args": to_plain(value.args), "keywords": to_plain(value.keywords)}
     if not callable(value):
         return str(value)
     try:

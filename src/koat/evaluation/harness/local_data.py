@@ -7,6 +7,7 @@ in plain lm-eval) says where they lie.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,11 @@ def load_local(
 
 
 def read_rows(path: Path, header: list[str] | None) -> Iterator[RawRow]:
-    """Yield a file's rows: JSON lines, CSV or TSV, plain or gzip. Raises DataError for a broken row."""
+    """Yield a file's rows: JSON lines, CSV or TSV, plain or gzip. Raises DataError for a broken row.
+
+    TSV is read with quoting off, so a spreadsheet's quotation marks come off its cells here; in the other formats a
+    quotation mark that is left is part of the text.
+    """
     text, suffix = read_text(path), Path(path.name.removesuffix(".gz")).suffix
     if header:
         text = ",".join(header) + "\n" + text
@@ -63,6 +68,8 @@ def read_rows(path: Path, header: list[str] | None) -> Iterator[RawRow]:
     for row in rows:
         if row.problem or not isinstance(row.value, Mapping):
             raise DataError(f"{row.source}: {row.problem or 'is no object with named fields'}")
+        if suffix == ".tsv":
+            row = replace(row, value={column: unquote(cell) for column, cell in row.value.items()})
         yield row
 
 
@@ -74,11 +81,11 @@ def pick_columns(row: RawRow, columns: Mapping[str, str]) -> Row:
                 f"{row.source}: the task needs the column {column!r}, which is not there{suggest(column, row.value)}. "
                 f"The file has: {join_names(list(row.value))}."
             )
-    return {field: unquote(row.value[column]) for field, column in columns.items()}
+    return {field: row.value[column] for field, column in columns.items()}
 
 
-def unquote(value: Any) -> Any:
+def unquote(cell: str) -> str:
     """Take a spreadsheet's quotation marks off a cell: those around it, and the doubling of those within."""
-    if isinstance(value, str) and len(value) > 1 and value[0] == value[-1] == '"':
-        return value[1:-1].replace('""', '"')
-    return value
+    if len(cell) > 1 and cell[0] == cell[-1] == '"':
+        return cell[1:-1].replace('""', '"')
+    return cell
