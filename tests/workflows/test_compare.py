@@ -105,6 +105,32 @@ def test_runs_that_differ_in_their_seed_are_one_subject(tmp_path: Path) -> None:
     assert comparison["seeds"] == [3, 1]
 
 
+def test_seeds_with_one_item_are_no_proof_and_no_crash(tmp_path: Path) -> None:
+    seeds = [write_run(tmp_path / f"ia3-{seed}", {"0": True}, seed=seed) for seed in range(3)]
+    status, out, error = call_koat("compare", *seeds, write_run(tmp_path / "lora", {"0": False}, rate=0.5))
+    assert status == 0, error
+    assert "cannot be told apart with 1 items (-100.0 to 100.0 points" in " ".join(out.split())
+
+
+def test_one_answer_that_is_a_share_proves_nothing(tmp_path: Path) -> None:
+    folders = [
+        write_scores(tmp_path / name, {"0": value}, scoring="generated", contract={"metric": "f1"})
+        for name, value in (("a", 0.5), ("b", 0.8))
+    ]
+    (comparison,) = compare(*folders)["comparisons"]
+    assert (comparison["better"], comparison["unsure"], comparison["p"]) == (None, None, 1)
+    assert (comparison["low"], comparison["high"]) == (-1, 1)
+
+
+def test_names_are_printed_as_they_are(tmp_path: Path) -> None:
+    """Names that a terminal's markup would take for itself, in the table and in the sentences."""
+    folders = [write_scores(tmp_path / name, WORSE) for name in ("lora[r=8]", "b[", "x:cat:")]
+    status, out, error = call_koat("compare", *folders)
+    assert status == 0, error
+    for name in ("lora[r=8]", "b[", "x:cat:"):
+        assert len([line for line in out.splitlines() if name in line]) >= 3, name
+
+
 def test_equal_seeds_of_equal_settings_stay_apart(tmp_path: Path) -> None:
     found = compare(write_run(tmp_path / "a", BETTER), write_run(tmp_path / "b", LIKE))
     assert [subject["name"] for subject in found["subjects"]] == ["a", "b"]

@@ -14,7 +14,7 @@ import yaml
 from huggingface_hub import constants
 
 from koat.core.errors import HubError, RunFolderError
-from koat.report.card import CardFacts, describe_use
+from koat.report.card import CardFacts, describe_scores, describe_use
 from koat.workflows.sharing.merge import merge_run
 from koat.workflows.sharing.push import prepare_upload, public_settings, send_upload
 from tests.tiny_base import call_koat
@@ -80,6 +80,17 @@ def test_the_adapter_arrives_byte_for_byte(hub: LocalHub, run: Path, place: Path
     assert not any(str(place).encode() in content for content in arrived.values())
 
 
+def test_data_files_of_one_name_stand_apart_in_the_card(run: Path) -> None:
+    path = run / "manifest.json"
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    manifest["data"] = {f"/secret/{name}/rows.tsv": {"sha256": name * 64, "bytes": 7} for name in "ab"}
+    path.write_text(json.dumps(manifest), encoding="utf-8")
+    card = prepare_upload(run, "me/mine").card
+    for name in "ab":
+        assert f"| {name}/rows.tsv | `{name * 64}` | 7 |" in card
+    assert "secret" not in card
+
+
 def read_front_matter(card: str) -> Any:
     return yaml.safe_load(card.split("---\n")[1])
 
@@ -108,6 +119,13 @@ def test_the_card_says_what_a_reader_must_know(hub: LocalHub, run: Path) -> None
     assert "without its vectors" not in describe_use(replace(facts, merge={"dtype": "float32"}))
     # Without the Hub's name for it, a folder of this machine is no base that a card could link to.
     assert "base_model" not in read_front_matter(prepare_upload(run, "me/mine").card)
+
+
+def test_a_score_that_is_no_share_is_no_percentage() -> None:
+    key = {"task": "news", "scoring": "bleu", "shots": 0, "contract": "c", "meaningful": True, "num_items": 40}
+    card = describe_scores([{**key, "value": 23.41, "low": 20.6, "high": 26.2}])
+    assert "| score (95 % interval) |" in card and "accuracy" not in card
+    assert "| news | bleu | 0 | 40 | 23.41 (20.6–26.2) | `c` |" in card
 
 
 def test_a_merged_model_arrives(hub: LocalHub, run: Path, place: Path, tmp_path: Path) -> None:

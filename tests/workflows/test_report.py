@@ -13,6 +13,8 @@ import pytest
 import koat
 from koat.core.errors import ConfigError, RunFolderError
 from koat.workflows.comparing.report import write_report
+from koat.workflows.comparing.run_facts import LONGEST, name_data, set_side_by_side
+from koat.workflows.comparing.scored import Source, Subject
 from tests.tiny_base import call_koat
 from tests.workflows.scored_folders import make_answers, write_run, write_scores
 
@@ -69,11 +71,12 @@ def add_texts(folder: Path, text: str = EVIL) -> None:
 
 
 def add_training(run: Path, trainable: int, seconds: float) -> None:
-    """Give a run a manifest and recorded steps."""
+    """Give a run a manifest and recorded steps; two of its data files have one name."""
     manifest = {
         "finished": True, "method": "ia3", "trainable_parameters": trainable, "total_parameters": 8_000_000,
         "base": {"name": "/somewhere/secret/my-base", "fingerprint": "abcdef0123456789"},
-        "data": {"/somewhere/secret/rows.tsv": {"sha256": "12" * 32, "bytes": 10}},
+        "data": {f"/somewhere/secret/{name}": {"sha256": digits * 32, "bytes": 10} for name, digits in
+                 (("rows.tsv", "12"), ("a/train.tsv", "34"), ("b/train.tsv", "56"))},
         "versions": {"koat": "0.1.0"}, "hardware": {"device": "cpu"},
         "result": {"steps": 4, "training_seconds": seconds, "peak_bytes": 2**30, "best_validation_loss": 0.5},
     }  # fmt: skip
@@ -134,7 +137,48 @@ def test_texts_of_others_stay_texts(page: Page) -> None:
     assert "LoRA <x>" in page.text and "<x>" not in page.source
     assert "Mine & yours" in page.text and "koat experiment <mine>" in page.text
     assert "secret" not in page.source, "paths of the machine are not passed on"
-    assert "my-base" in page.text and "rows.tsv" in page.text and "12" * 32 in page.text
+    assert "my-base" in page.text
+    for name, digits in (("rows.tsv", "12"), ("a/train.tsv", "34"), ("b/train.tsv", "56")):
+        assert f" {name} {digits * 32} " in page.text
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["data/train.tsv", "/x/test.tsv"], ["train.tsv", "test.tsv"]),
+        (["/home/me/a/t.tsv", "/home/me/b/t.tsv"], ["a/t.tsv", "b/t.tsv"]),
+        (["/x/a/1/t.tsv", "/x/b/1/t.tsv", "/x/b/2/t.tsv"], ["a/1/t.tsv", "b/1/t.tsv", "2/t.tsv"]),
+        (["t.tsv", "/x/t.tsv", "y/x/t.tsv"], ["t.tsv", "x/t.tsv", "y/x/t.tsv"]),
+        (["/a/t.tsv", "a/t.tsv"], ["a/t.tsv", "a/t.tsv (2)"]),
+        (["/t.tsv", "/a/t.tsv"], ["t.tsv", "a/t.tsv"]),
+        (["owner/reviews", "another/reviews"], ["owner/reviews", "another/reviews"]),
+    ],
+)
+def test_data_files_keep_as_much_of_their_paths_as_it_takes(paths: list[str], names: list[str]) -> None:
+    assert name_data({path: number for number, path in enumerate(paths)}) == dict(zip(names, range(9), strict=False))
+
+
+def set_prompts_side_by_side(*prompts: str) -> dict[str, Any]:
+    """Return the row of a setting that subjects have these values of."""
+    sources = [Source(str(number), "", [], [], {"prompt": prompt}) for number, prompt in enumerate(prompts)]
+    (row,) = set_side_by_side([Subject(source.name, [source]) for source in sources])["rows"]
+    return dict(row)
+
+
+@pytest.mark.parametrize("num_common", [LONGEST - 1, LONGEST, 500])
+def test_settings_that_differ_late_differ_and_show_where(num_common: int) -> None:
+    row = set_prompts_side_by_side("x" * num_common + "A" + "y" * 200, "x" * num_common + "B")
+    assert row["differs"]
+    first, second = row["values"]
+    assert "xA" in first and second.endswith("xB") and max(map(len, row["values"])) <= LONGEST
+    assert first.startswith("…") and first.endswith("…")
+
+
+def test_long_settings_that_are_equal_are_cut_at_their_end() -> None:
+    row = set_prompts_side_by_side("x" * 300, "x" * 300)
+    assert row == {"name": "prompt", "values": ["x" * (LONGEST - 1) + "…"] * 2, "differs": False}
+    row = set_prompts_side_by_side("a" + "x" * 300, "b")
+    assert row == {"name": "prompt", "values": ["a" + "x" * (LONGEST - 2) + "…", "b"], "differs": True}
 
 
 def test_both_languages_are_there(page: Page) -> None:

@@ -23,10 +23,13 @@ def change(folder: Path, amount: float) -> None:
     save_file({name: tensor + amount for name, tensor in state.items()}, folder / NAME, metadata={"format": "pt"})
 
 
-def write_scores(predictions: Path) -> None:
+def write_scores(predictions: Path, **scores: float) -> None:
+    """Write a likelihood's share, and `scores` that are none."""
+    others = {name: {**SCORE, "value": value, "low": value - 2, "high": value + 2} for name, value in scores.items()}
     result = {
-        "task": "nsmc-prompt1", "num_shots": 0, "scores": {"likelihood": SCORE},
-        "contracts": {"likelihood": {"hash": "0123456789abcdef"}}, "conditions": {"hash": "fedcba9876543210"},
+        "task": "nsmc-prompt1", "num_shots": 0, "scores": {"likelihood": SCORE, **others},
+        "contracts": {name: {"hash": "0123456789abcdef"} for name in ("likelihood", *others)},
+        "conditions": {"hash": "fedcba9876543210"},
     }  # fmt: skip
     predictions.mkdir()
     (predictions / "one.scores.json").write_text(json.dumps({"subject": "run", "results": [result]}), encoding="utf-8")
@@ -78,6 +81,13 @@ def test_one_adapter_is_shown(runs: Path) -> None:
     inside = call("adapters", "show", runs / "a" / "adapter", "--json")
     assert {**inside, "path": ""} == {**found, "path": ""}
     assert "75.0 % (60.0–86.0)" in call("adapters", "show", runs / "a")
+
+
+def test_a_score_that_is_no_share_is_no_percentage(runs: Path) -> None:
+    write_scores(runs / "b" / "predictions", bleu=23.5)
+    assert "23.5 (21.5–25.5)" in call("adapters", "show", runs / "b")
+    table = call("adapters", "list", runs)
+    assert "23.5" in table and "2350" not in table
 
 
 def test_the_average_opens_and_lies_between(runs: Path, tmp_path: Path) -> None:

@@ -61,11 +61,14 @@ def _make_neutral(width: int) -> tuple[Tensor, Tensor, Tensor]:
 def sum_products(gradient: Tensor, activation: Tensor, vector: Tensor) -> Tensor:
     """Return the gradient `[d]` of a vector that multiplied `activation` `[n, d]`, from that of the product.
 
-    On a CPU it is the weight's in the backward pass of that normalisation, which reads each number once and adds
-    bfloat16 products up in float32.
+    On a CPU it is the weight's in the backward pass of that normalisation, which keeps no products and adds those of
+    bfloat16 up in float32.
     """
+    wide = torch.promote_types(activation.dtype, torch.float32)
+    if activation.is_meta:
+        return gradient.sum(0, dtype=wide)  # of the right shape, and no products either
     if activation.device.type != "cpu" or activation.dtype not in (torch.bfloat16, torch.float32):
-        return (gradient * activation).sum(0, dtype=torch.promote_types(activation.dtype, torch.float32))
+        return (gradient * activation).sum(0, dtype=wide)
     mean, variance, none = _make_neutral(len(vector))
     wanted = [False, True, False]
     sums: Tensor = torch.ops.aten.native_batch_norm_backward(

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from koat.core.config_files import dump_yaml
-from koat.report.tables import format_score
+from koat.report.scores import format_value
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,11 +105,11 @@ def describe_scores(scores: list[dict[str, Any]]) -> str:
         return "## Scores\n\nNone were measured with koat.\n"
     rows = [
         f"| {score['task']} | {score['scoring']} | {score['shots']} | {score['num_items']:,} "
-        f"| {format_score(score)}{'' if score['meaningful'] else ', not meaningful'} | `{score['contract']}` |"
+        f"| {format_value(score)}{'' if score['meaningful'] else ', not meaningful'} | `{score['contract']}` |"
         for score in scores
     ]
     return (
-        "## Scores\n\n| task | scoring | shots | items | accuracy (95 % interval) | contract |\n"
+        "## Scores\n\n| task | scoring | shots | items | score (95 % interval) | contract |\n"
         "|---|---|---|---|---|---|\n" + "\n".join(rows) + "\n\nA contract is the hash of what was asked; scores "
         "under different contracts cannot be compared.\n"
     )

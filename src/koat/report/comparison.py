@@ -7,11 +7,9 @@ import io
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from rich.console import Console
-
 from koat.report.groups import list_group_rows, list_headings, title_group
 from koat.report.sentences import say_comparison, say_conditions, say_refusal, say_smallest
-from koat.report.tables import format_score, make_table, print_table
+from koat.report.tables import format_score, make_console, make_table, print_table
 from koat.report.words import Language, say
 
 CSV_COLUMNS = (
@@ -23,7 +21,7 @@ COLUMNS = ("subject", "score", "num_items", "seeds", "over_seeds", "over_items",
 
 def print_comparison(found: Mapping[str, Any], language: Language = "en") -> None:
     """Print scores, what may be said of their differences, and what may not be ranked."""
-    console = Console(width=None if Console().is_terminal else 140, highlight=False, markup=False)
+    console = make_console(highlight=False)
     for column in found["columns"]:
         names, rows = list_rows(column, language)
         print_table(make_table(title_column(column, language), names, rows))

@@ -47,6 +47,7 @@ TEMPLATES: dict[Language, dict[str, str]] = {
 TESTS_KO = {
     "exact McNemar": "정확 맥니마 검정",
     "paired bootstrap": "짝지은 부트스트랩",
+    "paired t test": "짝지은 t 검정",
     "t test over seeds and items": "시드와 문항에 걸친 t 검정",
     "chi-square, unpaired": "카이제곱 검정, 짝짓지 않음",
     "Fisher's exact test, unpaired": "피셔의 정확 검정, 짝짓지 않음",

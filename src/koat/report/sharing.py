@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from koat.report.tables import format_bytes, format_score, make_table, print_table
+from koat.report.scores import format_value
+from koat.report.tables import format_bytes, make_table, print_table
 
 
 def print_merge(folder: str, record: dict[str, Any]) -> None:
@@ -37,7 +38,7 @@ def print_adapters(entries: list[dict[str, Any]], problems: list[str]) -> None:
             entry["method"],
             entry["base"],
             f"{entry['num_parameters']:,}",
-            "; ".join(f"{s['task']} {s['scoring']} {100 * s['value']:.1f} %" for s in entry["scores"]) or "-",
+            "; ".join(f"{s['task']} {s['scoring']} {format_value(s)}" for s in entry["scores"]) or "-",
         )
         for entry in entries
     ]
@@ -60,7 +61,7 @@ def print_adapter(entry: dict[str, Any]) -> None:
     rows += [
         (
             f"{score['task']}, {score['scoring']}, {score['shots']} shots",
-            f"{format_score(score)}  {score['contract'][:8]}",
+            f"{format_value(score)}  {score['contract'][:8]}",
         )
         for score in entry["scores"]
     ]

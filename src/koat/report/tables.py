@@ -21,10 +21,14 @@ def make_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]
 
 def print_table(table: Table, width: int | None = None) -> None:
     """Print a table to standard output, wide enough for a log as well."""
-    console = Console(width=width)
-    if not console.is_terminal and width is None:
-        console = Console(width=140)
-    console.print(table)
+    make_console(width).print(table)
+
+
+def make_console(width: int | None = None, *, highlight: bool = True) -> Console:
+    """Make a console that prints texts as they are: a name may hold `[r=8]`, a setting `[INST]`, a task `:cat:`."""
+    if width is None and not Console().is_terminal:
+        width = 140
+    return Console(width=width, highlight=highlight, markup=False, emoji=False)
 
 
 def format_bytes(count: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import takewhile
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ RESULTS = (
     "steps", "kept_step", "best_validation_loss", "tokens", "unique_tokens", "training_seconds", "peak_bytes",
 )  # fmt: skip
 LONGEST = 120
-"""Settings are cut to so many characters."""
+"""Settings are cut to so many characters where they are shown."""
+BEFORE = 20
+"""Characters shown before the first that differs, where that lies further on."""
 
 
 def describe_runs(subject: Subject) -> list[dict[str, Any]]:
@@ -26,7 +29,7 @@ def describe_runs(subject: Subject) -> list[dict[str, Any]]:
 def describe_run(source: Source) -> dict[str, Any]:
     """Return a run's cost, loss curve and fingerprints; what its manifest does not say is left out.
 
-    Folders and file names stay, the paths to them do not: a report is passed on.
+    Names of folders and files stay, the paths to them do not: a report is passed on.
     """
     run = RunFolder(Path(source.place))
     manifest = run.read_manifest() if run.manifest.exists() else {}
@@ -38,11 +41,28 @@ def describe_run(source: Source) -> dict[str, Any]:
         **{name: manifest[name] for name in ("method", "trainable_parameters") if name in manifest},
         **{name: value for name, value in (manifest.get("result") or {}).items() if name in RESULTS},
         "base": {**base, "name": Path(base_name).name if Path(base_name).is_absolute() else base_name} if base else {},
-        "data": {Path(name).name: pinned for name, pinned in (manifest.get("data") or {}).items()},
+        "data": name_data(manifest.get("data") or {}),
         "versions": manifest.get("versions") or {},
         "hardware": manifest.get("hardware") or {},
         "curve": read_curve(run.metrics),
     }
+
+
+def name_data(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what pins data files by their names, with as many folders before them as tell one from the others.
+
+    The roots of paths never come along: reports and model cards are passed on.
+    """
+    parts = {path: tuple(part for part in Path(path).parts if part != Path(path).anchor) for path in data}
+    named: dict[str, Any] = {}
+    for path, pinned in data.items():
+        own, others = parts[path], [held for other, held in parts.items() if other != path]
+        depths = (depth for depth in range(1, len(own)) if all(held[-depth:] != own[-depth:] for held in others))
+        name = "/".join(own[-next(depths, len(own)) :])
+        # `/a/rows.tsv` and `a/rows.tsv` differ in nothing that may be shown.
+        number = 1 + list(parts.values())[: list(parts).index(path)].count(own)
+        named[name if number == 1 else f"{name} ({number})"] = pinned
+    return named
 
 
 def read_curve(path: Path) -> dict[str, list[tuple[int, float]]]:
@@ -64,12 +84,30 @@ def set_side_by_side(subjects: Sequence[Subject]) -> dict[str, Any]:
         for subject in subjects
         if subject.sources[0].settings is not None
     }
-    names = dict.fromkeys(name for settings in held.values() for name in settings)
-    rows = [{"name": name, "values": [settings.get(name) for settings in held.values()]} for name in names]
+    rows = {
+        name: [settings.get(name) for settings in held.values()]
+        for name in dict.fromkeys(name for settings in held.values() for name in settings)
+    }
     return {
         "subjects": list(held),
-        "rows": [{**row, "differs": any(value != row["values"][0] for value in row["values"])} for row in rows],
+        "rows": [
+            {"name": name, "values": cut_alike(values), "differs": len(set(values)) > 1}
+            for name, values in rows.items()
+        ],
     }
+
+
+def cut_alike(values: Sequence[str | None]) -> list[str | None]:
+    """Cut texts to what is shown; where all begin alike for longer than that, from just before they differ."""
+    texts = {value for value in values if value is not None}
+    alike = takewhile(lambda letters: len(set(letters)) == 1, zip(*texts, strict=False))
+    common = sum(1 for _ in alike) if len(texts) > 1 else 0
+    start = common - BEFORE if common >= LONGEST - 1 else 0
+    return [None if value is None else _cut(f"…{value[start:]}" if start else value) for value in values]
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
 
 
 def _flatten(settings: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -77,5 +115,4 @@ def _flatten(settings: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
         for name, value in settings.items():
             yield from _flatten(value, f"{prefix}.{name}" if prefix else str(name))
     else:
-        text = "none" if settings is None else str(settings)
-        yield prefix, text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
+        yield prefix, "none" if settings is None else str(settings)

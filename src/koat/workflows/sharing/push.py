@@ -14,6 +14,7 @@ from koat.core.config_files import read_config_file
 from koat.core.errors import HubError, RunFolderError
 from koat.model import NANO
 from koat.report.card import CardFacts, write_card
+from koat.workflows.comparing.run_facts import name_data
 from koat.workflows.sharing.merge import RECORD
 from koat.workflows.sharing.shelf import collect_scores
 from koat.workflows.trained import TEMPLATE, TOKENIZER, Trained, find_trained, fingerprint_adapter, public_name
@@ -126,7 +127,7 @@ def gather_facts(
         is_local_base=is_local,
         template=template.to_mapping() if template else {},
         num_parameters=int(manifest.get("trainable_parameters", 0)),
-        data={Path(name).name: pinned for name, pinned in manifest.get("data", {}).items()},
+        data=name_data(manifest.get("data", {})),
         settings=public_settings(config),
         result=manifest.get("result", {}),
         versions=manifest.get("versions", {}),
