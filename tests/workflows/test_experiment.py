@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import shutil
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import koat
 from koat.core.config_files import dump_yaml, read_config_file
 from koat.core.errors import ConfigError, RunFolderError, TrainingError
 from koat.core.json_lines import read_lines
-from koat.core.settings import DataSettings
+from koat.core.settings import DataSettings, ModelSettings
+from koat.model import fingerprint_base, load_config
 from koat.report.experiment import print_cells
 from koat.workflows.experiment import jobs as experiment_jobs
 from koat.workflows.experiment import run as experiment_run
@@ -26,7 +30,8 @@ from koat.workflows.experiment.cells import ExperimentPlan, describe_evaluation
 from koat.workflows.experiment.checks import check_files
 from koat.workflows.experiment.file import Evaluation, list_experiments, load_experiment, read_experiment, split_items
 from koat.workflows.experiment.plan import describe_cells, plan_experiment
-from koat.workflows.experiment.run import Outcome, Watch, hold_cell
+from koat.workflows.experiment.run import Outcome, Watch, hold_cell, run_experiment
+from koat.workflows.shell import run_finetune
 from tests.tiny_base import call_koat, run_koat, start_koat
 
 SAMPLES = Path(koat.__file__).parent / "nano" / "samples"
@@ -117,6 +122,24 @@ def test_the_report_names_variants_and_how_to_do_it_again(whole: Outcome) -> Non
     page = whole.report.read_text(encoding="utf-8")
     for words in ("Two rates", "slow", "quick", "koat experiment", str(whole.folder / "experiment.yaml")):
         assert words in page
+
+
+def test_commands_to_copy_are_quoted(
+    inputs: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.setattr("koat.workflows.comparing.report.write_report", lambda *_, **options: given.update(options))
+    plan = plan_small(tmp_path / "two words", inputs)
+    experiment_run.write_experiment_report(plan, {}, "en", "")
+    command = ["koat", "experiment", str(plan.out / "experiment.yaml"), "--out", str(plan.out)]
+    assert shlex.split(given["reproduce"][0]) == command
+    keys = ("tokens", "unique_tokens", "training_seconds", "peak_bytes", "kept_step")
+    run = SimpleNamespace(adapter="adapter", read_manifest=lambda: {"result": dict.fromkeys(keys, 1)})
+    monkeypatch.setattr("koat.workflows.training.finetune.finetune_run", lambda *_, **__: run)
+    run_finetune(plan.cells[1].resolved, plan.out, resume=False, overwrite=False)
+    assert shlex.split(capsys.readouterr().out.split("next: ")[1])[:4] == ["koat", "eval", str(plan.out), "--task"]
+    with pytest.raises(ConfigError, match=r"koat experiment '.*two words/small\.yaml' base=PATH"):
+        plan_small(plan.out / "out", {})
 
 
 def test_what_is_done_is_not_done_again(whole: Outcome, inputs: dict[str, str], tmp_path: Path) -> None:
@@ -313,6 +336,56 @@ def test_changed_data_is_refused_and_overwriting_trains_again(inputs: dict[str, 
         koat.experiment(file, **arguments, overwrite=["slow-seed7"])
 
 
+def change_weights(base: Path) -> None:
+    """Turn the sign of every weight of a base."""
+    path = base / "model.safetensors"
+    save_file({name: -tensor for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
+
+
+def test_a_changed_base_is_refused_where_it_was_trained_on_and_asked_again(
+    inputs: dict[str, str], tmp_path: Path
+) -> None:
+    base = Path(shutil.copytree(inputs["base"], tmp_path / "base"))
+    asked: set[tuple[str, str]] = set()
+    file = write_file(tmp_path, variants=SMALL["variants"][:2], seeds=[0])
+    arguments: dict[str, Any] = {"out": tmp_path / "out", "inputs": {**inputs, "base": str(base)}}
+    koat.experiment(file, **arguments)
+    [answers] = (tmp_path / "out" / "runs" / "base" / "predictions").glob("nsmc-prompt1-*.jsonl")
+    before = answers.read_text(encoding="utf-8")
+    change_weights(base)
+    with pytest.raises(ConfigError, match="slow-seed0: what the base holds") as failure:
+        koat.experiment(file, **arguments)
+    assert "base: " not in str(failure.value)  # nothing was trained there: it is only asked again
+    watch = Watch(on_item=lambda cell, task, done, total: asked.add((cell, task)))
+    koat.experiment(file, **arguments, overwrite=["slow-seed0"], watch=watch)
+    assert asked == {(cell, task) for cell in ("base", "slow-seed0") for task in ("nsmc-prompt1", "nsmc-prompt2")}
+    assert answers.read_text(encoding="utf-8") != before
+    asked.clear()
+    koat.experiment(file, **arguments, watch=watch)
+    assert asked == set()
+
+
+def test_each_base_is_read_once_and_what_was_recorded_without_is_accepted(
+    whole: Outcome, inputs: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = Path(shutil.copytree(whole.folder, tmp_path / "out"))
+    read: list[str] = []
+
+    def fingerprint(model: ModelSettings, config: Any) -> str:
+        read.append(model.base)
+        return fingerprint_base(model, config)
+
+    monkeypatch.setattr("koat.workflows.experiment.plan.fingerprint_base", fingerprint)
+    model = ModelSettings(base=inputs["base"])
+    for path in out.rglob("evaluated.json"):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        assert {each.pop("base") for each in record["evaluations"]} == {fingerprint_base(model, load_config(model))}
+        path.write_text(json.dumps(record), encoding="utf-8")
+    plan = plan_small(out, inputs)
+    assert [cell.name for cell in plan.cells if plan.is_done(cell)] == CELLS
+    assert len(read) == 1
+
+
 def test_more_may_be_asked_and_more_seeds_trained(inputs: dict[str, str], tmp_path: Path) -> None:
     file = write_file(tmp_path, variants=SMALL["variants"][:2], seeds=[0])
     koat.experiment(file, out=tmp_path / "out", inputs=inputs)
@@ -332,6 +405,38 @@ def test_folders_of_something_else_are_left_alone(whole: Outcome, inputs: dict[s
         koat.experiment(write_file(tmp_path), out=tmp_path / "mine", inputs=inputs)
     with pytest.raises(RunFolderError, match="holds the experiment 'small'"):
         koat.experiment(write_file(tmp_path, name="other"), out=whole.folder, inputs=inputs)
+
+
+def test_a_file_of_the_user_s_own_in_the_folder_is_never_replaced(inputs: dict[str, str], tmp_path: Path) -> None:
+    file = tmp_path / "out" / "experiment.yaml"
+    file.parent.mkdir()
+    own = f"# why these two\n{dump_yaml(SMALL)}"
+    file.write_text(own, encoding="utf-8")
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=r"a file of your own.*Move it out of"):
+            koat.experiment(file, out=file.parent, inputs=inputs)
+        assert file.read_text(encoding="utf-8") == own
+    assert [*file.parent.iterdir()] == [file]
+
+
+def test_a_file_of_one_s_own_stands_for_itself_and_one_that_koat_wrote_is_renewed(
+    inputs: dict[str, str], tmp_path: Path
+) -> None:
+    file = tmp_path / "out" / "experiment.yaml"
+
+    def go_on(**overrides: Any) -> None:
+        plan = plan_experiment(load_experiment(str(file), None, overrides), file.parent)
+        run_experiment(plan, run_cells=lambda plan, cells: {})
+
+    run_experiment(plan_small(file.parent, inputs), run_cells=lambda plan, cells: {})
+    go_on(seeds=[7])
+    assert read_config_file(file)["seeds"] == [7]
+    own = f"# why seven\n{file.read_text(encoding='utf-8')}"
+    file.write_text(own, encoding="utf-8")
+    go_on()
+    with pytest.raises(ConfigError, match="a file of your own"):
+        go_on(seeds=[8])
+    assert file.read_text(encoding="utf-8") == own
 
 
 def test_two_processes_cannot_work_on_one_cell(inputs: dict[str, str], tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 import warnings
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ def run_finetune(resolved: Resolved[Any], out: Path, *, resume: bool, overwrite:
         f"peak memory {format_bytes(result['peak_bytes'])}"
     )
     print(f"kept the adapter of step {result['kept_step']} in {run.adapter}")
-    print(f"next: koat eval {out} --task nsmc-prompt1 --data FILE --shots-from FILE")
+    print(f"next: koat eval {shlex.quote(str(out))} --task nsmc-prompt1 --data FILE --shots-from FILE")
 
 
 def run_evaluation(

@@ -57,10 +57,15 @@ def evaluate_subject(
 
 @explain_out_of_memory(ModelError, "in evaluation", TO_EVALUATE)
 def evaluate_exam(
-    subject: Subject, exam: Exam, *, on_progress: OnProgress = lambda task, done, total: None
+    subject: Subject,
+    exam: Exam,
+    *,
+    on_progress: OnProgress = lambda task, done, total: None,
+    replaces: bool = False,
 ) -> dict[str, Any]:
     """Put every task of an exam to one model; as `evaluate_subject` does, which gathers the exam first.
 
+    With `replaces` it takes the place of what was asked of these tasks before, whatever the question was.
     Scores are on disk after every task: one that fails later costs nothing of those before it.
     """
     found: dict[Key, TaskResult] = {}
@@ -73,7 +78,7 @@ def evaluate_exam(
         with Cost(next(subject.model.parameters()).device) as cost:
             found[key] = ASK[type(task)](subject, task, exam.asking, report_for(task.name, on_progress))
         report["results"].append({**found[key].to_mapping(), "peak_bytes": cost.peak_bytes})
-        stems.append(keep_predictions(subject, found[key]))
+        stems.append(keep_predictions(subject, found[key], replaces))
         if len(found) < len(exam.tasks):
             write_json(draft, report)
     path = subject.predictions / f"{name_report(exam.names, stems)}.scores.json"
@@ -110,13 +115,17 @@ def pick_stem(folder: Path, found: TaskResult) -> str:
     Where that file holds answers to another question, or answers given under other conditions, a hash is added:
     no evaluation takes the place of one that is not its own repetition.
     """
-    seed = "" if found.shot_seed is None else f"-seed{found.shot_seed}"
-    stem = f"{found.task}-{found.num_shots}shot{seed}"
-    own = identify(found)
+    stem, own = name_variant(found), identify(found)
     before = read_first(folder / f"{stem}.jsonl")
     if all(before.get(key, own[key]) == own[key] for key in own):
         return stem
     return f"{stem}-{hash_value(own)[:8]}"
+
+
+def name_variant(found: TaskResult) -> str:
+    """Return a name for a task with its shots and their seed."""
+    seed = "" if found.shot_seed is None else f"-seed{found.shot_seed}"
+    return f"{found.task}-{found.num_shots}shot{seed}"
 
 
 def read_first(path: Path) -> dict[str, Any]:
@@ -143,9 +152,9 @@ def name_report(names: ListLike[str], stems: ListLike[str]) -> str:
     return f"{asked[: LONGEST_NAME - 9]}-{hash_value(stem)[:8]}"
 
 
-def keep_predictions(subject: Subject, found: TaskResult) -> str:
+def keep_predictions(subject: Subject, found: TaskResult, replaces: bool) -> str:
     """Write every prediction as a JSON line, with the contracts they stand under; return the file's name."""
-    stem = pick_stem(subject.predictions, found)
+    stem = name_variant(found) if replaces else pick_stem(subject.predictions, found)
     lines = [json.dumps({**row, **identify(found)}, ensure_ascii=False) for row in found.predictions]
     write_text(subject.predictions / f"{stem}.jsonl", "\n".join(lines) + "\n")
     return stem

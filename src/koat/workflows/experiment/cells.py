@@ -35,6 +35,8 @@ class Cell:
     resolved: Resolved[RunConfig] | Resolved[PlanConfig]
     seed: int | None
     """None for a base as it is."""
+    fingerprint: str | None = None
+    """Of the base as it was when this was planned; None for one on the Hub, which stands for itself."""
 
     @property
     def model(self) -> ModelSettings:
@@ -70,9 +72,15 @@ class Cell:
         run, data = RunFolder(self.folder), self.resolved.settings.data
         differing = list_differences(run.read_config(), wanted)
         if not differing and run.is_complete():
-            now = fingerprint_files(tuple(data.list_files()))
-            differing += [] if run.read_manifest().get("data") == now else ["what the data files hold"]
+            manifest, now = run.read_manifest(), fingerprint_files(tuple(data.list_files()))
+            differing += [] if manifest.get("data") == now else ["what the data files hold"]
+            differing += ["what the base holds"] if self.has_other_base(manifest) else []
         return differing
+
+    def has_other_base(self, manifest: dict[str, Any]) -> bool:
+        """Whether a run was trained on another base than lies there now, as far as both are known."""
+        trained_on = manifest.get("base", {}).get("fingerprint")
+        return None not in (trained_on, self.fingerprint) and trained_on != self.fingerprint
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +98,14 @@ class ExperimentPlan:
 
     def list_missing(self, cell: Cell) -> list[Evaluation]:
         """Return what a cell was not asked yet."""
-        done = cell.read_record()["evaluations"] if cell.is_trained() else []
-        return [each for each in self.evaluations if describe_evaluation(each, self.out) not in done]
+        recorded = cell.read_record()["evaluations"] if cell.is_trained() else []
+        # Records did not always name the base; one that does not is taken to be of the base that is there.
+        done = [{"base": cell.fingerprint, **each} for each in recorded]
+        return [each for each in self.evaluations if self.describe_asked(cell, each) not in done]
+
+    def describe_asked(self, cell: Cell, evaluation: Evaluation) -> dict[str, Any]:
+        """Return what a cell is asked as plain values, with the fingerprint of its base."""
+        return {**describe_evaluation(evaluation, self.out), "base": cell.fingerprint}
 
     def is_done(self, cell: Cell) -> bool:
         """Whether a cell is trained and was asked everything."""

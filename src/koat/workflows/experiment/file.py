@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from koat.core.config import Layer, Section, resolve, to_mapping
-from koat.core.config_files import parse_overrides, read_config_file
+from koat.core.config_files import dump_yaml, parse_overrides, read_config_file
 from koat.core.errors import ConfigError, suggest
 from koat.evaluation.task import Words
 from koat.workflows.config import RunConfig
@@ -126,6 +127,17 @@ def read_experiment(name_or_path: str) -> dict[str, Any]:
     return read_config_file(SHIPPED / f"{name_or_path}.yaml")
 
 
+def is_filled_in(path: Path) -> bool:
+    """Whether an experiment's file is one that koat filled in and wrote: no inputs, and not a letter of anyone else."""
+    values = read_config_file(path)
+    return values.get("inputs") == {} and path.read_text(encoding="utf-8") == dump_yaml(values)
+
+
+def says_the_same(path: Path, experiment: Experiment) -> bool:
+    """Whether a file as it stands, with nothing given beside it, is this experiment."""
+    return to_mapping(_resolve(read_config_file(path), str(path))) == to_mapping(experiment)
+
+
 def describe_experiment(name: str) -> str:
     """Return the line that a shipped experiment says about itself."""
     return _resolve(read_experiment(name), name).title.en
@@ -185,7 +197,7 @@ def ask_for(experiment: Experiment, name_or_path: str, missing: Mapping[str, str
     width = max(map(len, missing))
     lines = [f"  {name:<{width}}  {text}" for name, text in missing.items()]
     given = " ".join(f"{name}=PATH" for name in experiment.inputs)
-    example = f"koat experiment {name_or_path} {given} --out experiments/{experiment.name}"
+    example = f"koat experiment {shlex.quote(name_or_path)} {given} --out experiments/{experiment.name}"
     return "\n".join([f"{experiment.name} needs to know:", *lines, f"For example: {example}"])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from koat.adapters.attach import attach_adapter, count_trainable
 from koat.adapters.methods import check_combination
 from koat.core.config import Layer
 from koat.core.errors import ConfigError, KoatError
-from koat.model import build_empty, load_config
+from koat.model import build_empty, fingerprint_base, load_config, locate_base
 from koat.workflows.config import PlanConfig, RunConfig, read_recipe, resolve_layers
 from koat.workflows.experiment.cells import Cell, ExperimentPlan
 from koat.workflows.experiment.checks import check_plan, explain_changes
@@ -36,7 +37,8 @@ def plan_experiment(experiment: Experiment, out: Path, *, overwrite: Sequence[st
     if listed:
         lines = [text.replace("\n", "\n  ") for text in listed]
         raise ConfigError("\n  ".join([f"experiment {experiment.name}:", *lines]))
-    if changed := [cell for cell in cells if cell.name not in overwrite and cell.list_differences()]:
+    plan = replace(plan, cells=fingerprint_bases(cells))
+    if changed := [cell for cell in plan.cells if cell.name not in overwrite and cell.list_differences()]:
         raise ConfigError(explain_changes(out, changed))
     return plan
 
@@ -75,6 +77,16 @@ def make_cells(
         config = resolved.settings
         check_combination(config.adapter, config.model, config.training)
         yield Cell(f"{name}-seed{seed}", subject, out / "runs" / f"{name}-seed{seed}", resolved, seed)
+
+
+def fingerprint_bases(cells: Sequence[Cell]) -> list[Cell]:
+    """Return the cells with the fingerprints of their bases, each base read once; one on the Hub has none."""
+    models = {(cell.model.base, cell.model.revision): cell.model for cell in cells}
+    found = {
+        key: fingerprint_base(model, load_config(model)) if Path(locate_base(model.base)).is_dir() else None
+        for key, model in models.items()
+    }
+    return [replace(cell, fingerprint=found[cell.model.base, cell.model.revision]) for cell in cells]
 
 
 def describe_cells(plan: ExperimentPlan) -> list[dict[str, Any]]:

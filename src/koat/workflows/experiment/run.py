@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import shlex
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from typing import IO, Any, Literal
 
 from koat.core.atomic import cannot_write, remove, write_json, write_text, write_yaml
 from koat.core.config import Resolved, to_mapping
-from koat.core.errors import DataError, KoatError, RunFolderError, TrainingError, suggest
+from koat.core.errors import ConfigError, DataError, KoatError, RunFolderError, TrainingError, suggest
 from koat.core.run_folder import RunFolder
 from koat.report.comparison import to_csv, to_markdown
 from koat.training.loop import StepRecord
@@ -22,9 +23,9 @@ from koat.workflows.config import RunConfig
 from koat.workflows.evaluating.evaluate import evaluate_exam
 from koat.workflows.evaluating.exam import gather_exam
 from koat.workflows.evaluating.subject import Subject, load_subject, open_subject
-from koat.workflows.experiment.cells import FILE, RECORD, Cell, ExperimentPlan, describe_evaluation
+from koat.workflows.experiment.cells import FILE, RECORD, Cell, ExperimentPlan
 from koat.workflows.experiment.checks import make_asking
-from koat.workflows.experiment.file import Evaluation, read_experiment
+from koat.workflows.experiment.file import Evaluation, is_filled_in, read_experiment, says_the_same
 from koat.workflows.training.finetune import finetune_run
 from koat.workflows.training.prepare import Say, settle_paths
 
@@ -83,15 +84,30 @@ def run_experiment(
 
 
 def claim_folder(plan: ExperimentPlan) -> None:
-    """Make the experiment's folder and put its filled-in file there, refusing a folder of something else."""
+    """Make the experiment's folder and put its filled-in file there, refusing a folder of something else.
+
+    A file there that the user wrote is never replaced: it stays where it says the same, and is refused otherwise.
+    """
     file = plan.out / FILE
     if file.exists():
         other = read_experiment(str(file)).get("name")
         if other != plan.experiment.name:
             raise RunFolderError(f"{plan.out} holds the experiment {other!r}. Choose another --out.")
+        if not is_filled_in(file):
+            check_own_file(plan, file)
+            return
     elif plan.out.exists() and (not plan.out.is_dir() or any(plan.out.iterdir())):
         raise RunFolderError(f"{plan.out} is not empty and holds no experiment. Choose another --out.")
     write_yaml(file, to_mapping(plan.experiment))
+
+
+def check_own_file(plan: ExperimentPlan, file: Path) -> None:
+    """Raise ConfigError for a file of the user's own in the place of the filled-in one, unless both say the same."""
+    if not says_the_same(file, plan.experiment):
+        raise ConfigError(
+            f"{file} is a file of your own, and the filled-in experiment would be written over it. Move it out of "
+            f"{plan.out}, choose another --out, or write the inputs and settings that you give beside it into it."
+        )
 
 
 def run_in_turn(plan: ExperimentPlan, cells: Sequence[Cell], overwrite: Sequence[str], watch: Watch) -> dict[str, str]:
@@ -122,7 +138,7 @@ def run_cell(plan: ExperimentPlan, cell: Cell, watch: Watch, *, overwrite: bool 
             return
         subject = open_cell(cell)
         for evaluation, exam in exams:
-            evaluate_exam(subject, exam, on_progress=partial(watch.on_item, cell.name))
+            evaluate_exam(subject, exam, on_progress=partial(watch.on_item, cell.name), replaces=True)
             record_evaluation(plan, cell, evaluation)
 
 
@@ -150,7 +166,7 @@ def open_cell(cell: Cell) -> Subject:
 
 def record_evaluation(plan: ExperimentPlan, cell: Cell, evaluation: Evaluation) -> None:
     """Note that a cell was asked something; an earlier answer to the same task with the same shots is replaced."""
-    asked = describe_evaluation(evaluation, plan.out)
+    asked = plan.describe_asked(cell, evaluation)
     same = ("tasks", "shots", "seed")
     others = [
         each
@@ -229,7 +245,7 @@ def write_experiment_report(
     """Write the experiment's page, with the command that does it again."""
     from koat.workflows.comparing.report import write_report
 
-    command = f"koat experiment {plan.out / FILE} --out {plan.out}"
+    command = shlex.join(["koat", "experiment", str(plan.out / FILE), "--out", str(plan.out)])
     return write_report(
         list(names), plan.out / "report.html", language=language, title=title, names=names, reproduce=[command]
     )
