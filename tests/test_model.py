@@ -270,8 +270,23 @@ def test_a_hub_id_has_the_fingerprint_of_its_files(base, hub_cache) -> None:
         cache_base(hub_cache, base, commit)
         settings = settle(NAME)
         config = load_config(settings)
-        assert find_commit(config) == commit
+        assert find_commit(settings, config) == commit
         assert fingerprint_base(settings, config) == expected
+
+
+def test_a_stale_index_beside_whole_weights_hides_nothing(base) -> None:
+    """transformers loads model.safetensors where it is there."""
+    index = base / f"{WEIGHTS}.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}}), encoding="utf-8")
+    first = fingerprint_base(settle(base), load_config(settle(base)))
+    state = load_file(str(base / WEIGHTS))
+    state["model.norm.weight"] += 1
+    save_file(state, str(base / WEIGHTS), metadata={"format": "pt"})
+    assert fingerprint_base(settle(base), load_config(settle(base))) != first
+    (base / WEIGHTS).unlink()
+    index.write_text("[]", encoding="utf-8")
+    with pytest.raises(ModelError, match="no index of weights"):
+        fingerprint_base(settle(base), load_config(settle(base)))
 
 
 def test_a_hub_id_without_its_weights_is_told_by_its_commit(base, hub_cache) -> None:

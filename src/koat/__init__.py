@@ -48,7 +48,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in {"compare", "evaluate", "experiment", "finetune", "load", "merge", "plan", "write_report"}:
-        from koat.quantise.load import quieten
+        from koat.core.quiet import quieten
 
         quieten()  # before PEFT is imported, and bitsandbytes with it
         from koat.workflows import api

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from koat.core.errors import ModelError, suggest
+from koat.core.quiet import quieten
 from koat.core.settings import ModelSettings, TrainingSettings
-from koat.quantise.load import make_loading_options, quieten, settle_kernels
+from koat.quantise.load import make_loading_options, settle_kernels
 from koat.quantise.weights import count_entries
 
 NANO = "nano"
@@ -225,31 +226,38 @@ def fingerprint_base(settings: ModelSettings, config: Any) -> str:
             file.seek(-min(1 << 20, path.stat().st_size), os.SEEK_END)
             digest.update(file.read())
     if not weights and not Path(where).is_dir():
-        digest.update(str(find_commit(config) or settings.revision).encode())
+        digest.update(str(find_commit(settings, config) or settings.revision).encode())
     return digest.hexdigest()[:16]
 
 
-def find_commit(config: Any) -> str | None:
+def find_commit(settings: ModelSettings, config: Any) -> str | None:
     """Return the commit on the Hub that a configuration was loaded from, None for a folder's."""
-    return getattr(config, "_commit_hash", None)
+    return None if Path(locate_base(settings.base)).is_dir() else getattr(config, "_commit_hash", None)
 
 
 def list_weights(settings: ModelSettings, config: Any) -> list[Path]:
-    """Return the files that a base model's weights are loaded from; none of a Hub id's while some are missing."""
+    """Return the files that a base model's weights are loaded from; none of a Hub id's while some are missing.
+
+    Raises ModelError for a broken index of them.
+    """
     from huggingface_hub import try_to_load_from_cache
 
-    folder = Path(locate_base(settings.base))
+    folder, commit = Path(locate_base(settings.base)), find_commit(settings, config)
     if not folder.is_dir():
-        found = try_to_load_from_cache(settings.base, "config.json", revision=find_commit(config))
+        found = try_to_load_from_cache(settings.base, "config.json", revision=commit)
         if not isinstance(found, str):
             return []
         folder = Path(found).parent
     index = folder / "model.safetensors.index.json"
-    if not index.is_file():
+    if (folder / "model.safetensors").is_file() or not index.is_file():
         return sorted(folder.glob("*.safetensors"))
-    names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ModelError(f"{index} is no index of weights ({error}). Save or download the model again.") from error
     paths = [folder / name for name in sorted(names)]
-    return paths if all(path.is_file() for path in paths) else []
+    there = [path for path in paths if path.is_file()]
+    return there if commit is None or len(there) == len(paths) else []
 
 
 def _explain(settings: ModelSettings, what: str, error: Exception) -> str:

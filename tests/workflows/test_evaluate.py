@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 import koat
 from koat.adapters.attach import attach_adapter
 from koat.adapters.settings import PromptSettings
+from koat.core.config import Layer
 from koat.core.json_lines import read_lines
 from koat.core.settings import ModelSettings
 from koat.evaluation.catalogue import load_task
@@ -24,8 +25,11 @@ from koat.forest.verify import verify_layout
 from koat.model import load_model, load_tokenizer
 from koat.workflows.comparing.report import list_commands
 from koat.workflows.comparing.scored import collect_sources, group_subjects
+from koat.workflows.config import RunConfig, resolve_layers
 from koat.workflows.evaluating.asking import ASK
 from koat.workflows.evaluating.subject import open_subject
+from koat.workflows.trained import find_trained
+from koat.workflows.training.finetune import finetune_run
 from tests.hub_cache import NAME as NAME_ON_HUB
 from tests.hub_cache import cache_base
 from tests.tiny_base import call_koat, make_rows, write_base, write_rows
@@ -251,6 +255,13 @@ def test_no_evaluation_takes_the_place_of_another(finished: Path, reviews: dict[
     assert [len(path.read_text(encoding="utf-8").splitlines()) for path in first] == [6, 4, 6]
     reports = [json.loads(path.read_text(encoding="utf-8")) for path in (run / "predictions").glob("*.scores.json")]
     assert sorted(report["results"][0]["num_items"] for report in reports) == [4, 6, 6]
+    # Either stands with its own answers: compared file by file, none is left out for another's.
+    for path in sorted((run / "predictions").glob("*.scores.json")):
+        (source,) = collect_sources([str(path)])
+        assert not source.notes and {len(score.predictions) for score in source.scores} <= {4, 6}
+        stem = path.name.removesuffix(".scores.json")
+        own = {str(row["id"]): row for row in read_lines(run / "predictions" / f"{stem}.jsonl")}
+        assert all(score.predictions == own for score in source.scores)
 
 
 def test_a_run_on_a_base_from_the_hub_finds_it_again(
@@ -277,6 +288,41 @@ def test_a_run_on_a_base_from_the_hub_finds_it_again(
         ask(model={"base": str(other)})
     with pytest.raises(koat.AdapterError, match="another base model"):
         ask(model={"revision": "main"})
+    # Where the weights are still to be fetched, the commit tells.
+    weights = hub_cache / "models--me--tiny" / "snapshots" / ("a" * 40) / "model.safetensors"
+    kept = weights.rename(tmp_path / "kept.safetensors")
+    assert find_trained(run).model.revision == "a" * 40
+    edited = load_file(kept)
+    edited["model.norm.weight"] += 2
+    save_file(edited, weights, metadata={"format": "pt"})
+    with pytest.raises(koat.AdapterError, match="another base model"):
+        find_trained(run)
+
+
+def test_a_run_on_a_base_from_the_hub_goes_on_with_it(place: Path, tmp_path: Path, hub_cache: Path) -> None:
+    """A run that was stopped loads the base as it was, though the branch has other weights by now."""
+    cache_base(hub_cache, place / "base", "a" * 40)
+    data = write_rows(tmp_path / "rows.jsonl", make_rows(12))
+    training = {"max_steps": 4, "batch_size": 2, "save_every": 2}
+    settings = {"model": {"base": NAME_ON_HUB}, "data": {"train": [str(data)]}, "training": training}
+    seen: list[int] = []
+
+    def stop(record: Any) -> None:
+        seen.append(record.step)
+        if record.step == 3:
+            raise KeyboardInterrupt
+
+    resolved = resolve_layers(RunConfig, [Layer("flag", settings)])
+    with pytest.raises(KeyboardInterrupt):
+        finetune_run(resolved, tmp_path / "run", on_step=stop)
+    other = shutil.copytree(place / "base", tmp_path / "other")
+    state = load_file(other / "model.safetensors")
+    state["model.norm.weight"] += 1
+    save_file(state, other / "model.safetensors", metadata={"format": "pt"})
+    cache_base(hub_cache, other, "b" * 40)
+    run = finetune_run(resolved, tmp_path / "run", resume=True)
+    assert run.is_complete() and run.read_manifest()["base"]["commit"] == "a" * 40
+    assert run.read_config()["model"].get("revision") is None
 
 
 def test_two_tasks_of_one_name_are_refused(finished: Path, reviews: dict[str, Path], tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from koat.core.errors import KoatError
+from koat.core.quiet import quieten
 
 STOPPED = "\nkoat: stopped. A training run goes on with `koat finetune --resume RUN`."
 HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -67,6 +68,7 @@ def catch_endings() -> None:
 def main() -> None:
     """Run the command line: status 2 and a plain message for what a user can mend."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    quieten()  # before any command imports PEFT, and bitsandbytes with it
     catch_endings()
     try:
         koat(standalone_mode=False)

@@ -16,12 +16,6 @@ from koat.quantise.weights import BLOCK, dequantise_4bit, list_quantised, read_l
 log = logging.getLogger(__name__)
 
 
-def quieten() -> None:
-    """Silence what bitsandbytes says of speed on a CPU: once when PEFT imports it, and at every 8-bit product."""
-    for name in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-
-
 def import_bitsandbytes(wanted: str, instead: str, error_type: type[KoatError] = ModelError) -> Any:
     """Import and return bitsandbytes for the setting `wanted`. Raises `error_type`, saying how to install it."""
     try:

@@ -13,7 +13,7 @@ TO_TRAIN = (
     "Lower training.tokens_per_microbatch, set training.activation_checkpointing=true or model.quantisation=nf4; "
     "`koat plan --fit 24GB` says what fits a card."
 )
-TO_EVALUATE = "Lower --tokens, or give --dtype bfloat16."
+TO_EVALUATE = "Lower the tokens that go through at once (--tokens), or set model.dtype=bfloat16 (--dtype bfloat16)."
 CPU = "can't allocate memory"
 """What PyTorch's allocator says on a CPU, in an error of no kind of its own."""
 
@@ -26,5 +26,5 @@ def explain_out_of_memory(kind: type[KoatError], what: str, advice: str) -> Iter
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and CPU not in str(error):
             raise
-        first = str(error).strip().splitlines()[0]
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise kind(f"Memory ran out {what}: {first} {advice}") from error

@@ -22,7 +22,7 @@ def quiet_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from transformers.utils import logging as transformers_logging
 
-    from koat.quantise.load import quieten
+    from koat.core.quiet import quieten
 
     quieten()
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]

@@ -14,7 +14,7 @@ from koat.core.fingerprint import fingerprint_file
 from koat.core.run_folder import RunFolder
 from koat.core.settings import ModelSettings
 from koat.data.prompts import PromptTemplate, from_mapping
-from koat.model import find_commit, fingerprint_base, load_config
+from koat.model import find_commit, fingerprint_base, list_weights, load_config
 
 TEMPLATE = "prompt_template.json"
 TOKENIZER = (
@@ -107,8 +107,7 @@ def find_run(path: Path, settings: ModelSettings | None = None) -> Trained:
     stored = pin_commit(stored, recorded)
     config = load_config(stored)
     found = fingerprint_base(stored, config)
-    # What the Hub has is told by its commit until the weights are here.
-    if found != recorded["fingerprint"] and not (recorded.get("commit") and recorded["commit"] == find_commit(config)):
+    if found != recorded["fingerprint"] and not is_awaited(stored, config, recorded):
         raise AdapterError(
             f"The run in {path} was trained on another base model: fingerprint {recorded['fingerprint']}, but "
             f"{stored.base!r} has {found}. Give the right one with `--base`."
@@ -116,9 +115,15 @@ def find_run(path: Path, settings: ModelSettings | None = None) -> Trained:
     return Trained(path.name, run.adapter, stored, run)
 
 
+def is_awaited(model: ModelSettings, config: Any, recorded: dict[str, Any]) -> bool:
+    """Whether a base is the Hub's at the commit on record, its weights, by which it would be told, not here yet."""
+    commit = recorded.get("commit")
+    return bool(commit) and commit == find_commit(model, config) and not list_weights(model, config)
+
+
 def pin_commit(model: ModelSettings, recorded: dict[str, Any]) -> ModelSettings:
     """Load a base from the Hub as it was when the run was trained, unless another one or revision was asked for."""
-    if model.revision is None and model.base == recorded["name"] and recorded.get("commit"):
+    if model.revision is None and model.base == recorded.get("name") and recorded.get("commit"):
         return model.model_copy(update={"revision": recorded["commit"]})
     return model
 

@@ -23,6 +23,7 @@ __all__ = ["Subject", "evaluate_subject", "load_subject", "open_subject"]
 OnProgress = Callable[[str, int, int], None]
 UNFINISHED = "unfinished.scores.json"
 """Holds what is there of an evaluation whose other tasks are still asked."""
+PROBE = "probe.txt"
 LONGEST_NAME = 100
 """Characters of a file's name; longer lists of tasks are told apart by a hash."""
 
@@ -72,8 +73,9 @@ def evaluate_exam(
     stems: list[str] = []
     report = begin_report(subject, exam)
     draft = subject.predictions / UNFINISHED
-    write_json(draft, report)  # a folder that cannot be written is found now, not after hours
-    remove(draft)
+    probe = subject.predictions / PROBE
+    write_text(probe, "")  # a folder that cannot be written is found now, not after hours
+    remove(probe)
     for key, task in exam.tasks.items():
         with Cost(next(subject.model.parameters()).device) as cost:
             found[key] = ASK[type(task)](subject, task, exam.asking, report_for(task.name, on_progress))
@@ -133,7 +135,7 @@ def read_first(path: Path) -> dict[str, Any]:
     try:
         with path.open(encoding="utf-8") as file:
             return dict(json.loads(file.readline()))
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError):
         return {}
 
 

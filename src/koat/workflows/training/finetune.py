@@ -29,7 +29,7 @@ from koat.training.optimizer import check_optimizer
 from koat.workflows.config import RunConfig
 from koat.workflows.measure import Cost
 from koat.workflows.out_of_memory import TO_TRAIN, explain_out_of_memory
-from koat.workflows.trained import TEMPLATE
+from koat.workflows.trained import TEMPLATE, pin_commit
 from koat.workflows.training.prepare import Prepared, Say, check_offload, prepare_run, settle_paths
 
 
@@ -56,7 +56,8 @@ def finetune_run(
     main = accelerator.is_main_process
     say = say if main else lambda text: None
     run = claim_run(config, out, resume, overwrite) if main else RunFolder(out)
-    prepared = prepare_run(config, model_settings, say)
+    pinned = pin_base(config, run) if resume else config
+    prepared = prepare_run(pinned, settle_dtype(pinned.model, pinned.training), say)
     began = time.time()
     if main:
         begin_run(run, config, prepared.manifest, resume, overwrite)
@@ -108,6 +109,12 @@ def fill_defaults(stored: dict[str, Any]) -> dict[str, Any]:
         return settle_paths(RunConfig.model_validate(stored))
     except ValidationError:
         return stored
+
+
+def pin_base(config: RunConfig, run: RunFolder) -> RunConfig:
+    """Return the settings of a run that goes on, a base from the Hub as it was when the run began."""
+    recorded = run.read_manifest().get("base") if run.manifest.exists() else None
+    return config.model_copy(update={"model": pin_commit(config.model, recorded)}) if recorded else config
 
 
 def begin_run(run: RunFolder, config: RunConfig, manifest: dict[str, Any], resume: bool, overwrite: bool) -> None:

@@ -150,7 +150,7 @@ def describe_run(
         "base": {
             "name": settle_paths(config)["model"]["base"],
             "fingerprint": fingerprint_base(config.model, base_config),
-            "commit": find_commit(base_config),
+            "commit": find_commit(config.model, base_config),
         },
         "seed": config.training.seed,
         "templates": [template.to_mapping() for template in examples.templates],
