@@ -242,3 +242,7 @@ def test_groups_and_tags_name_their_tasks() -> None:
     leaves, groups = load_leaves("local_kobest", open_manager(["local_kobest"], sources, []))
     assert groups == {"local_kobest": [leaf.task_name for leaf in leaves]}
     assert len(leaves) == 5
+
+
+def test_a_set_has_one_order_in_every_process() -> None:
+    assert to_plain({"b", "a", "c"}) == ["a", "b", "c"] == to_plain(frozenset("cab"))

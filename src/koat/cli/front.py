@@ -32,7 +32,7 @@ def koat() -> None:
       koat report runs/mine runs/other       the same as one HTML page
       koat experiment koat-vs-lora ...       variants x seeds x tasks from one file
 
-    Settings can be given as `section.key=value` on every command; `koat settings` lists them all.
+    Settings can be given as `section.key=value` to whatever trains or plans; `koat settings` lists them all.
     """
 
 

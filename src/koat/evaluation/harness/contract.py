@@ -86,7 +86,9 @@ def to_plain(value: Any) -> Any:
     """
     if isinstance(value, Mapping):
         return {str(key): to_plain(each) for key, each in value.items()}
-    if isinstance(value, list | tuple | set):
+    if isinstance(value, set | frozenset):
+        return sorted((to_plain(each) for each in value), key=repr)  # whose own order differs between processes
+    if isinstance(value, list | tuple):
         return [to_plain(each) for each in value]
     if value is None or isinstance(value, str | int | float | bool):
         return value
