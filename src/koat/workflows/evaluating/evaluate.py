@@ -111,13 +111,12 @@ def report_for(name: str, on_progress: OnProgress) -> Callable[[int, int], None]
     return lambda done, total: on_progress(name, done, total)
 
 
-def pick_stem(folder: Path, found: TaskResult) -> str:
-    """Return a file name that tells a task's variants apart.
+def pick_stem(folder: Path, stem: str, own: dict[str, Any]) -> str:
+    """Return a file name that tells apart what `own` identifies; `stem` is its task's.
 
     Where that file holds answers to another question, or answers given under other conditions, a hash is added:
     no evaluation takes the place of one that is not its own repetition.
     """
-    stem, own = name_variant(found), identify(found)
     before = read_first(folder / f"{stem}.jsonl")
     if all(before.get(key, own[key]) == own[key] for key in own):
         return stem
@@ -156,7 +155,9 @@ def name_report(names: ListLike[str], stems: ListLike[str]) -> str:
 
 def keep_predictions(subject: Subject, found: TaskResult, replaces: bool) -> str:
     """Write every prediction as a JSON line, with the contracts they stand under; return the file's name."""
-    stem = name_variant(found) if replaces else pick_stem(subject.predictions, found)
-    lines = [json.dumps({**row, **identify(found)}, ensure_ascii=False) for row in found.predictions]
+    stem, own = name_variant(found), identify(found)
+    if not replaces:
+        stem = pick_stem(subject.predictions, stem, own)
+    lines = [json.dumps({**row, **own}, ensure_ascii=False) for row in found.predictions]
     write_text(subject.predictions / f"{stem}.jsonl", "\n".join(lines) + "\n")
     return stem
