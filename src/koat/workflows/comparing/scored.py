@@ -133,15 +133,13 @@ def _read_reports(paths: Sequence[Path], target: str) -> Source:
         name, before = name or str(report["subject"]), len(scores)
         for result in report["results"]:
             for scoring, score in result["scores"].items():
-                contract, conditions = (
-                    Parts(part["parts"]) for part in (result["contracts"][scoring], result["conditions"])
-                )
+                contract = Parts(result["contracts"][scoring]["parts"])
                 key = (str(result["task"]), scoring, contract.hash)
                 if key in scores:
                     continue
-                made = _make_scored(
-                    result, scoring, score, contract, kept.find(scoring, contract.hash, conditions.hash)
-                )
+                places = [(scoring, contract.hash, how) for how in (Parts(result["conditions"]["parts"]).hash, None)]
+                rows = next((kept[place] for place in places if place in kept), {})
+                made = _make_scored(result, scoring, score, contract, rows)
                 problem = _find_problem(made)
                 if problem:
                     notes.append(f"{name}: {key[0]}, {scoring}, was left out: {problem}")
@@ -175,28 +173,17 @@ def read_report(path: Path) -> dict[str, Any]:
     return dict(report)
 
 
-@dataclass(frozen=True, slots=True)
-class KeptPredictions:
-    """A folder's predictions by id, for each scoring, hash of its contract and hash of the conditions.
+def _index_predictions(folder: Path) -> dict[tuple[str, str, str | None], dict[str, dict[str, Any]]]:
+    """Return a folder's predictions by id, for each (scoring, hash of the contract, hash of the conditions).
 
     Rows of before the conditions were written beside them stand under None.
     """
-
-    rows: Mapping[tuple[str, str, str | None], Mapping[str, Mapping[str, Any]]]
-
-    def find(self, scoring: str, contract: str, conditions: str) -> Mapping[str, Mapping[str, Any]]:
-        """Return the predictions that a score was reckoned from, none where they are not there."""
-        own = self.rows.get((scoring, contract, conditions))
-        return own if own is not None else self.rows.get((scoring, contract, None), {})
-
-
-def _index_predictions(folder: Path) -> KeptPredictions:
     found: dict[tuple[str, str, str | None], dict[str, dict[str, Any]]] = {}
     for path in sorted(folder.glob("*.jsonl"), key=lambda path: path.stat().st_mtime_ns):
         for row in read_lines(path):
             for scoring, contract in row.get("contracts", {}).items():
                 found.setdefault((scoring, contract, row.get("conditions")), {})[str(row["id"])] = row
-    return KeptPredictions(found)
+    return found
 
 
 def _make_scored(
