@@ -21,6 +21,8 @@ PullBack = Callable[[Tensor, Tensor], None]
 class Kernels(NamedTuple):
     """An activation function and its gradient, as PyTorch's own kernels."""
 
+    name: str
+    """What `koat.adapters.fused` calls it."""
     forward: Callable[..., Tensor]
     """Of the argument, into `out`."""
     backward: Callable[..., Tensor]
@@ -28,13 +30,14 @@ class Kernels(NamedTuple):
 
 
 KNOWN = (
-    Kernels(_ATEN.silu.out, _ATEN.silu_backward.grad_input),
-    Kernels(_ATEN.gelu.out, _ATEN.gelu_backward.grad_input),
+    Kernels("silu", _ATEN.silu.out, _ATEN.silu_backward.grad_input),
+    Kernels("gelu", _ATEN.gelu.out, _ATEN.gelu_backward.grad_input),
     Kernels(
+        "gelu_tanh",
         functools.partial(_ATEN.gelu.out, approximate="tanh"),
         functools.partial(_ATEN.gelu_backward.grad_input, approximate="tanh"),
     ),
-    Kernels(_ATEN.relu.out, functools.partial(_ATEN.threshold_backward.grad_input, threshold=0)),
+    Kernels("relu", _ATEN.relu.out, functools.partial(_ATEN.threshold_backward.grad_input, threshold=0)),
 )
 
 

@@ -9,7 +9,8 @@ The backward pass of `s * h` needs `h`. Three ways to have it then, from plain t
 - `rescale_activated` keeps what the activation function took, and `up` rescaled in place of `up`, as the frozen
   model does, and computes `act(gate)`, which the frozen model keeps too, again.
 
-What is computed on the way is written where a result will stand: fresh memory costs more than a pass over it.
+What is computed on the way is written where a result will stand: fresh memory costs more than a pass over it. On a
+GPU each of these is one kernel (`koat.adapters.fused`).
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from koat.adapters.activations import activate_into, rebuild
+from koat.adapters.activations import activate_into, find_kernels, rebuild
+from koat.adapters.fused import find_fused
 
 TINY = 2.0**-60
 """Added to a vector where a product must be divided by it again: a zero becomes this, an entry above 2^-35 stays the
@@ -35,6 +37,9 @@ def multiply(activation: Tensor, vector: Tensor, out: Tensor | None = None) -> T
     kernel that takes a short activation and a float32 vector is that of batch normalisation; with mean 0 and
     variance 1 it is this product, bit for bit, at a third of `torch.mul`'s time.
     """
+    fused = find_fused(activation) if out is None else None
+    if fused is not None:
+        return fused.rescale(activation.contiguous(), vector)
     if not is_normalised_fast(activation):
         return torch.mul(activation, vector, out=make_room(activation) if out is None else out)
     width = len(vector)
@@ -77,6 +82,16 @@ def sum_products(gradient: Tensor, activation: Tensor, vector: Tensor) -> Tensor
     return sums
 
 
+def pull_back(gradient: Tensor, activation: Tensor, vector: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradients of `activation` and of the vector `[d]` that multiplied it, from that of the product."""
+    fused = find_fused(activation)
+    if fused is not None:
+        for_activation, _, for_vector = fused.pull_back(gradient, activation.contiguous(), vector)
+        return for_activation, for_vector
+    for_vector = sum_products(to_rows(gradient), to_rows(activation), vector)
+    return multiply(gradient, vector), for_vector
+
+
 def to_rows(activation: Tensor) -> Tensor:
     """Return an activation `[..., d]` as rows `[n, d]`."""
     return activation.flatten(0, -2)
@@ -112,9 +127,8 @@ class Rescale(torch.autograd.Function):
         activation, vector = ctx.saved_tensors
         if activation is None:
             return multiply(gradients[0].contiguous(), vector.flatten()), None
-        gradient, flat = gradients[0].contiguous(), vector.flatten()
-        for_vector = sum_products(to_rows(gradient), to_rows(activation), flat)
-        return multiply(gradient, flat), for_vector.to(vector.dtype).view(vector.shape)
+        for_activation, for_vector = pull_back(gradients[0].contiguous(), activation, vector.flatten())
+        return for_activation, for_vector.to(vector.dtype).view(vector.shape)
 
 
 class RescaleOutput(torch.autograd.Function):
@@ -138,10 +152,11 @@ class RescaleOutput(torch.autograd.Function):
         gradient = gradients[0].contiguous()
         if product is None:
             return multiply(gradient, divisor), None, None
-        for_vector = sum_products(to_rows(gradient), to_rows(product), divisor).div_(divisor).to(divisor.dtype)
+        for_activation, sums = pull_back(gradient, product, divisor)
+        for_vector = sums.div_(divisor).to(divisor.dtype)
         if ctx.held is not None:
             for_vector.masked_fill_(ctx.held, 0.0)
-        return multiply(gradient, divisor), for_vector.view(ctx.shape), None
+        return for_activation, for_vector.view(ctx.shape), None
 
 
 class RescaleActivated(torch.autograd.Function):
@@ -161,10 +176,10 @@ class RescaleActivated(torch.autograd.Function):
         """Return the gradients of the gate and of the vector."""
         gate, vector = ctx.saved_tensors
         for_gate = make_room(gate)
-        pull_back = rebuild(ctx.activate, gate, for_gate)
+        deactivate = rebuild(ctx.activate, gate, for_gate)
         gradient, flat = gradients[0].contiguous(), vector.flatten()
         for_vector = sum_products(to_rows(gradient), to_rows(for_gate), flat)
-        pull_back(multiply(gradient, flat, out=for_gate), for_gate)
+        deactivate(multiply(gradient, flat, out=for_gate), for_gate)
         return for_gate, for_vector.to(vector.dtype).view(vector.shape), None
 
 
@@ -192,11 +207,11 @@ class RescaleGated(torch.autograd.Function):
         gradient = gradients[0].contiguous()
         gate, kept, divisor = ctx.saved_tensors
         for_gate = make_room(gate)
-        pull_back = rebuild(ctx.activate, gate, for_gate)
+        deactivate = rebuild(ctx.activate, gate, for_gate)
         upstream = gradient * for_gate
         for_vector = sum_products(to_rows(upstream), to_rows(kept), divisor)
         torch.mul(gradient, kept if ctx.keeps_product else multiply(kept, divisor), out=for_gate)
-        pull_back(for_gate, for_gate)
+        deactivate(for_gate, for_gate)
         if ctx.keeps_product:
             for_vector = for_vector.div_(divisor)
         return for_gate, multiply(upstream, divisor, out=upstream), for_vector.to(divisor.dtype).view(ctx.shape), None
@@ -225,6 +240,11 @@ def rescale_activated(gate: Tensor, up: Tensor | None, vector: Tensor, activate:
 
     `activate` works entry by entry, and is called again in the backward pass.
     """
+    fused = find_fused(gate)
+    kernels = find_kernels(activate) if fused else None
+    if fused is not None and kernels is not None:
+        product: Tensor = fused.RescaleActivated.apply(gate, up, vector, kernels.name)
+        return product
     scaled: Tensor = (
         RescaleActivated.apply(gate, vector, activate)  # type: ignore[no-untyped-call]
         if up is None

@@ -1,0 +1,132 @@
+"""A GPU's kernels for IA3 against autograd of the formula in float64: on a GPU, else as Triton interprets them."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import pytest
+import torch
+from transformers.activations import ACT2FN
+
+from koat.adapters import fused, lean
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+NAMES = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu", "identity": "linear"}
+TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+
+
+@pytest.fixture(scope="module")
+def kernels() -> ModuleType:
+    """Return the module of kernels; without a GPU Triton interprets them (conftest.py)."""
+    pytest.importorskip("triton", reason="Triton is not installed; it comes with PyTorch for CUDA")
+    from koat.adapters import fused_kernels
+
+    return fused_kernels
+
+
+@pytest.fixture
+def served(kernels, monkeypatch) -> ModuleType:
+    """Let `koat.adapters.lean` take the kernels, wherever activations lie."""
+    monkeypatch.setattr(lean, "find_fused", lambda activation: kernels)
+    return kernels
+
+
+def draw(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def differentiate(function, inputs, upstream):
+    """Return the value and the gradients of every input."""
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs]
+    value = function(*leaves)
+    return value.detach(), torch.autograd.grad(value, leaves, upstream.to(value.dtype))
+
+
+def measure_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    assert found.shape == expected.shape
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("kind", NAMES)
+def test_values_and_gradients_are_the_formulas(kernels, kind, gated, dtype) -> None:
+    # Neither rows nor columns fill a program, and there are several of them either way.
+    shape = (3, 43, 300)
+    inputs = [draw(*shape, seed=0, dtype=dtype), draw(*shape, seed=1, dtype=dtype), 1 + 0.3 * draw(300, seed=2)]
+    inputs = inputs if gated else [inputs[0], inputs[2]]
+    upstream, activate = draw(*shape, seed=3, dtype=dtype), ACT2FN[NAMES[kind]]
+
+    def compute(gate, *others):
+        return kernels.RescaleActivated.apply(gate, others[0] if gated else None, others[-1], kind)
+
+    def formula(gate, *others):
+        return activate(gate) * (others[0] if gated else 1) * others[-1]
+
+    value, gradients = differentiate(compute, inputs, upstream)
+    expected, exact = differentiate(formula, [tensor.double() for tensor in inputs], upstream)
+    assert value.dtype == dtype and gradients[-1].dtype == torch.float32
+    assert measure_error(value, expected) < TOLERANCES[dtype]
+    for found, wanted in zip(gradients[:-1], exact[:-1], strict=True):
+        assert measure_error(found, wanted) < TOLERANCES[dtype]
+    # Whatever the activations' type, a vector's gradient is summed in float32.
+    assert measure_error(gradients[-1], exact[-1]) < 2e-6
+
+
+def test_numbers_far_from_zero_stay_finite(kernels) -> None:
+    gate = torch.tensor([[-1e4, -90.0, 0.0, 90.0, 1e4]], device=DEVICE).repeat(4, 1)
+    for kind in ("silu", "gelu", "gelu_tanh", "relu"):
+        for_gate, _, for_vector = kernels.pull_back(torch.ones_like(gate), gate, torch.ones(5, device=DEVICE), kind)
+        assert for_gate.isfinite().all() and for_vector.isfinite().all()
+        assert for_gate[0, 0] == 0 and for_gate[0, 4] == 1, kind
+
+
+@pytest.mark.parametrize("form", ["keeps input", "keeps output", "held"])
+def test_rescaling_takes_the_kernels(served, form) -> None:
+    held = torch.arange(40, device=DEVICE) % 3 == 0 if form == "held" else None
+    activation, vector = draw(2, 75, 40, seed=0), 1 + 0.3 * draw(40, 1, seed=1)
+    upstream = draw(2, 75, 40, seed=2)
+
+    def compute(activation, vector):
+        if form == "keeps input":
+            return lean.rescale(activation, vector)
+        return lean.rescale_output(activation, vector, held)
+
+    def formula(activation, vector):
+        return activation * (vector if held is None else vector.masked_fill(held[:, None], 1.0)).flatten()
+
+    value, gradients = differentiate(compute, (activation, vector), upstream)
+    expected, exact = differentiate(formula, (activation.double(), vector.double()), upstream)
+    assert measure_error(value, expected) < 2e-6
+    for found, wanted in zip(gradients, exact, strict=True):
+        assert measure_error(found, wanted) < 2e-6
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_blocks_keep_what_the_activation_took_and_no_product(served, gated) -> None:
+    gate, up, vector = draw(2, 9, 40, seed=0), draw(2, 9, 40, seed=1), draw(40, seed=2)
+    leaves = [tensor.requires_grad_() for tensor in (gate, up, vector)]
+    kept: list[int] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor.data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        lean.rescale_activated(gate, up if gated else None, vector, torch.nn.SiLU())
+    assert set(kept) == {tensor.data_ptr() for tensor in (leaves if gated else (gate, vector))}
+
+
+def test_an_activation_function_without_a_kernel_is_computed_otherwise(served) -> None:
+    gate, vector = draw(2, 9, 40, seed=0), draw(40, seed=2)
+    activate = ACT2FN["relu2"]
+    value, gradients = differentiate(
+        lambda gate, vector: lean.rescale_activated(gate, None, vector, activate), (gate, vector), gate
+    )
+    expected, exact = differentiate(lambda gate, vector: activate(gate) * vector, (gate, vector), gate)
+    torch.testing.assert_close([value, *gradients], [expected, *exact])
+
+
+def test_a_processor_and_a_wide_type_have_pytorchs_own_kernels() -> None:
+    assert fused.find_fused(torch.ones(2, 3)) is None
+    assert fused.find_fused(torch.ones(2, 3, device=DEVICE, dtype=torch.float64)) is None
