@@ -152,6 +152,15 @@ def compute(model: Any, autocast: bool) -> tuple[Tensor, dict[str, Tensor]]:
     return losses.detach().flatten(), {name: weight.grad.flatten() for name, weight in named}
 
 
+def find_held(model: Any) -> dict[str, Tensor]:
+    """Return the marks `[d]` of entries that koat holds at one, by the names of their vectors."""
+    return {
+        f"{path}.ia3_l.default": module.held
+        for path, module in model.named_modules()
+        if isinstance(module, Ia3Linear) and module.held is not None
+    }
+
+
 def compare_with_peft(name: str, base: str, options: Options) -> list[Check]:
     """Check that koat's and PEFT's IA3 compute the same losses and gradients at the same vectors.
 
@@ -162,11 +171,7 @@ def compare_with_peft(name: str, base: str, options: Options) -> list[Check]:
     randomise(ours, options.seed)
     set_peft_model_state_dict(theirs, read_adapter_state(ours))
     (losses, gradients), (expected, exact) = compute(ours, False), compute(theirs, wants_autocast(PEER, base))
-    held = {
-        f"{path}.ia3_l.default": module.held
-        for path, module in ours.named_modules()
-        if isinstance(module, Ia3Linear) and module.held is not None
-    }
+    held = find_held(ours)
     free = {key: ~held[key] if key in held else torch.ones_like(exact[key], dtype=torch.bool) for key in exact}
 
     def compare(what: str, found: Tensor, wanted: Tensor) -> Check:

@@ -2,12 +2,15 @@
 
 Planned from the configuration alone, on shapes. Measured on the model itself: the bytes that autograd keeps
 (saved-tensor hooks), and the most bytes alive during a step, with weights, adapter, gradients and optimizer as they
-lie in memory. Long contexts add the growth of a process (`benchmarks.long_contexts`).
+lie in memory. On a GPU: larger models, and what PyTorch's allocator gave out (`max_memory_allocated`). Long contexts
+add the growth of a process (`benchmarks.long_contexts`).
 """
 
 from __future__ import annotations
 
 import copy
+import gc
+import tempfile
 from collections.abc import Sequence as ListLike
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,9 +27,10 @@ from koat.adapters.attach import attach_adapter
 from koat.adapters.methods import METHODS
 from koat.core.sequence import Sequence
 from koat.core.settings import ModelSettings, TrainingSettings
-from koat.forest.pack import collate_rows
+from koat.forest.pack import MicroBatch, collate_rows
 from koat.forest.score import Layout, run_rows, token_logprobs
 from koat.forest.verify import verify_layout
+from koat.model import load_model
 from koat.training.optimizer import build_optimizer
 from koat.workflows.planning.memory import Footprint, measure_base, measure_footprint
 from koat.workflows.planning.simulate import LiveBytes, set_checkpointing
@@ -78,6 +82,30 @@ CASES = (
     Case("full", "gpt_neox", 1, 1024, checkpointing=True),
 )
 
+GPU_CASES = (
+    Case("ia3", "gpt_neox", 2, 1024, precision="bfloat16"),
+    Case("ia3", "gpt_neox", 8, 1024, checkpointing=True, precision="bfloat16"),
+    Case("ia3", "llama", 2, 1024, precision="bfloat16"),
+    Case("ia3", "qwen3", 2, 1024, precision="bfloat16"),
+    Case("lora", "gpt_neox", 2, 1024, precision="bfloat16"),
+    Case("lora", "llama", 2, 1024, precision="bfloat16"),
+    Case("lora", "llama", 1, 1024),
+    Case("lora", "llama", 4, 2048, checkpointing=True, precision="bfloat16"),
+    Case("lora", "olmo2", 2, 1024, precision="bfloat16"),
+    Case("lora", "bloom", 2, 512, precision="bfloat16"),
+    Case("prompt", "llama", 2, 1024, precision="bfloat16"),
+    Case("prompt", "gpt_neox", 4, 1024, checkpointing=True, precision="bfloat16"),
+    Case("p_tuning", "llama", 2, 1024, precision="bfloat16"),
+    Case("prefix", "llama", 2, 1024, precision="bfloat16"),
+    Case("full", "gpt_neox", 1, 1024, precision="bfloat16"),
+    Case("full", "llama", 2, 2048, checkpointing=True, precision="bfloat16"),
+    Case("lora", "llama", 2, 1024, precision="nf4"),
+    Case("lora", "llama", 4, 2048, checkpointing=True, precision="nf4"),
+    Case("ia3", "gpt_neox", 2, 1024, precision="nf4"),
+)
+"""On a GPU, at 1.3 billion parameters: what is smaller than these drowns in the workspace of its libraries."""
+GPU_SIZE = "1.3b"
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -90,11 +118,21 @@ class Measured:
 
 def build(case: Case, options: Options) -> Any:
     """Build a case's frozen base with random weights."""
+    if case.precision == "nf4":
+        return build_quantised(case.family, options)
     width, _, heads = SIZES[options.size]
     shape: dict[str, Any] = {**QUICK} if options.quick else {}
     if case.family in GROUPED:
         shape |= {"num_key_value_heads": heads // 2, "head_dim": width // heads}
     return build_base(case.family, options, case.precision, **shape)
+
+
+def build_quantised(family: str, options: Options) -> Any:
+    """Build a frozen base with random weights in 4 bit: as koat loads one from a folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        build_base(family, options, "bfloat16").save_pretrained(folder)
+        settings = ModelSettings(base=folder, quantisation="nf4", dtype="bfloat16", device=str(options.device))
+        return load_model(settings)
 
 
 def settle(case: Case) -> TrainingSettings:
@@ -104,7 +142,8 @@ def settle(case: Case) -> TrainingSettings:
 
 def plan_case(case: Case, config: Any, options: Options) -> Footprint:
     """Plan a case as `koat plan` does, from the configuration of its base."""
-    settings = ModelSettings(base="random", dtype=case.precision, device=str(options.device))  # type: ignore[arg-type]
+    quantised = {"quantisation": "nf4", "dtype": "bfloat16"} if case.precision == "nf4" else {"dtype": case.precision}
+    settings = ModelSettings(base="random", device=str(options.device), **quantised)  # type: ignore[arg-type]
     training = settle(case)
     return measure_footprint(measure_base(settings, training, config), METHODS[case.method].settings(), training)
 
@@ -128,10 +167,11 @@ def list_moments(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 def measure_case(case: Case, options: Options) -> tuple[Measured, Any]:
     """Run a case's step, twice, the second time with gradients and moments in place, and count its bytes."""
+    gc.collect()
+    before = torch.cuda.memory_allocated() if options.device.type == "cuda" else 0
     base = build(case, options)
     config = copy.deepcopy(base.config)
     model = attach_adapter(base, METHODS[case.method].settings())
-    layout: Layout
     layout, verification = verify_layout(model)
     set_checkpointing(model, case.checkpointing)
     model.train()
@@ -141,6 +181,8 @@ def measure_case(case: Case, options: Options) -> tuple[Measured, Any]:
     optimizer = build_optimizer(trained, settle(case))
     (-token_logprobs(model, batch, layout).sum()).backward()
     optimizer.step()
+    if options.device.type == "cuda":
+        return Measured(*watch_gpu(model, batch, layout, before), verification.kernel), config
     fixed = [*model.parameters(), *(weight.grad for weight in trained), *list_moments(optimizer)]
     own = [*fixed, *model.buffers()]
     with LiveBytes(own) as live:
@@ -155,6 +197,18 @@ def measure_case(case: Case, options: Options) -> tuple[Measured, Any]:
     else:
         kept = count_kept_bytes(model, lambda: run_rows(model, batch, layout))
     return Measured(kept, count_bytes(fixed) + live.peak, verification.kernel), config
+
+
+def watch_gpu(model: Any, batch: MicroBatch, layout: Layout, before: int) -> tuple[int, int]:
+    """Return what the GPU holds after the layers' forward pass beside what it held, and its peak over `before`."""
+    torch.cuda.reset_peak_memory_stats()
+    (-token_logprobs(model, batch, layout).sum()).backward()
+    peak = torch.cuda.max_memory_allocated() - before
+    held = torch.cuda.memory_allocated()
+    hidden = run_rows(model, batch, layout)
+    kept = torch.cuda.memory_allocated() - held
+    del hidden
+    return kept, peak
 
 
 def judge(planned: float, measured: float) -> str:
@@ -205,8 +259,9 @@ def tabulate_contexts(options: Options) -> Table:
 
 def run(options: Options, rates: dict[str, float]) -> Findings:
     """Compare all cases, then train on the longest contexts."""
-    sized = options if options.quick else replace(options, size="small")
-    cases = [case for case in CASES if case.precision in options.precisions]
+    on_gpu = options.device.type == "cuda"
+    sized = options if options.quick else replace(options, size=GPU_SIZE if on_gpu else "small")
+    cases = [case for case in (GPU_CASES if on_gpu else CASES) if case.precision in (*options.precisions, "nf4")]
     table, held = compare_cases(cases, sized)
     findings = Findings(tables=[table])
     verdict = f"{len(table.rows)} steps within {MARK:.0%} of the plan" if held else "NOT EQUAL: a plan is too far off"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence as ListLike
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,11 @@ def build_base(family: str, options: Options, precision: str = "float32", **shap
     config = AutoConfig.for_model(family, **{**usual, **shape})
     attention = pick_attention("auto", config, options.device)
     torch.manual_seed(options.seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
+    on_gpu = options.device.type == "cuda"
+    # A GPU draws billions of weights in seconds, and holds them in the one type that is wanted.
+    dtype = getattr(torch, precision) if on_gpu else torch.float32
+    with options.device if on_gpu else nullcontext():
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     model = model.to(getattr(torch, precision)).to(options.device)
     return model.requires_grad_(False).eval()
 

@@ -236,7 +236,8 @@ def test_activation_checkpointing_changes_no_gradient(
         gradients.append([p.grad for p in model.parameters() if p.requires_grad])
         calls.append(len(count))
     assert calls[1] == calls[2] == 2 * calls[0] > 0
-    # A hidden state per layer and pass goes to the CPU, and nothing else.
+    # A hidden state per layer and pass goes to the CPU, and nothing else; PyTorch before 2.13 also keeps empty tensors.
+    moved = [shape for shape in moved if shape.numel()]
     assert len(moved) == 3 * calls[0] and all(shape[-1] == 64 for shape in moved)
     for plain, recomputed, offloaded in zip(*gradients, strict=True):
         assert torch.equal(offloaded, recomputed)

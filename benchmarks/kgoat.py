@@ -1,0 +1,182 @@
+"""K(G)OAT's table on whole models: IA3 and LoRA at 1.3 and 5.8 billion parameters, time and memory of a step.
+
+K(G)OAT trained 802,816 numbers by IA3 where LoRA trains 3,670,016, and took longer (226 against 203 minutes). Here the
+same shapes with random weights, GPT-NeoX as polyglot-ko and Llama beside it, in bfloat16: the frozen base with
+activation gradients only (the floor), IA3 and LoRA by koat and by PEFT, with one base between them. A step is the
+layers' forward and backward pass; the head is the same on every side and left out. A GPU's memory is needed: without
+one, `--quick` shows that it runs.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from statistics import median
+from typing import Any
+
+import torch
+from peft import set_peft_model_state_dict
+from torch import Tensor
+
+from benchmarks.command import main
+from benchmarks.ia3 import PEER, STEP_MARK, TOLERANCE, compute, find_held, make_sides, randomise
+from benchmarks.kept import run_layers
+from benchmarks.measure import Check, Findings, Result, Table, check_equal, time_once
+from benchmarks.workload import Absent, Options, build_base
+from koat.adapters.attach import attach_adapter, read_adapter_state
+from koat.adapters.methods import LoraSettings
+from koat.forest.score import unwrap
+
+SIZES = ("1.3b", "5.8b")
+BILLIONS = {"llama": ("1.3b",), "gpt_neox": SIZES}
+ROWS, LENGTH, NUM_ROUNDS, NUM_STEPS = 8, 512, 9, 3
+"""Rows of a step and their tokens; rounds that are timed; a side's steps in a row, the first not counted."""
+GRADIENTS = 0.1
+"""Largest relative difference of gradients: in bfloat16, through tens of layers."""
+LORA = "LoRA r=8"
+OURS = "koat IA3"
+
+
+@dataclass
+class Side:
+    """One way to train a base, and what was measured of it."""
+
+    model: Any
+    seconds: list[float]
+    peak: int = 0
+
+    @property
+    def num_trained(self) -> int:
+        """Numbers that are trained."""
+        return sum(weight.numel() for weight in self.model.parameters() if weight.requires_grad)
+
+
+def share_weights(base: Any) -> Any:
+    """Return a copy of a model's modules that hold the very same weights."""
+    held = [*base.parameters(), *base.buffers()]
+    return copy.deepcopy(base, {id(tensor): tensor for tensor in held})
+
+
+def list_sides() -> dict[str, Callable[[Any], Any]]:
+    """Return how each side puts its adapter on a base model: those of `benchmarks.ia3`, and koat's LoRA."""
+    sides = make_sides()
+    config = LoraSettings(r=8, alpha=8, targets="attention")
+    return {name: sides[name] for name in ("floor", OURS, PEER, LORA)} | {
+        "koat LoRA r=8": lambda base: attach_lora(base, config),
+    }
+
+
+def attach_lora(base: Any, settings: LoraSettings) -> Any:
+    """Return a base with koat's LoRA on the layers that PEFT's own defaults name."""
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
+
+    targets = list(DEFAULTS[base.config.model_type])
+    return attach_adapter(base, settings.model_copy(update={"targets": targets}))
+
+
+def run_step(model: Any, rows: int, length: int, direction: Tensor) -> None:
+    """Run a model's layers forward and backward."""
+    model.zero_grad(set_to_none=True)
+    run_layers(model, length, rows).backward(direction)
+
+
+def compare_vectors(ours: Any, theirs: Any) -> list[Check]:
+    """Check that koat's and PEFT's IA3 give the same losses and the same gradients at the same vectors.
+
+    Gradients are compared as one vector: what rounding does to a single number, layers below make as large as it.
+    """
+    set_peft_model_state_dict(theirs, read_adapter_state(ours))
+    (losses, gradients), (expected, exact) = (compute(model, False) for model in (ours, theirs))
+    held = find_held(ours)
+    found, wanted = (
+        torch.cat([each[name][~held[name]] if name in held else each[name] for name in exact])
+        for each in (gradients, exact)
+    )
+    spread = expected.std()
+    return [
+        check_equal("losses", losses / spread, expected / spread, TOLERANCE["bfloat16"]),
+        Check("gradients, as one vector,", float((found - wanted).norm() / wanted.norm()), GRADIENTS, 1.0),
+    ]
+
+
+def measure_peak(work: Callable[[], None], device: torch.device) -> int:
+    """Return the bytes that a piece of work takes at most beside what is there; 0 where there is no GPU."""
+    if device.type != "cuda":
+        return 0
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    work()
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def measure_sides(sides: dict[str, Side], rows: int, length: int, options: Options) -> None:
+    """Time every side's steps, in an order drawn anew each round, and take their peaks."""
+    width = unwrap(sides[OURS].model).config.hidden_size
+    direction = torch.randn(rows, length, width).to(options.device, torch.bfloat16)
+    order, shuffle = list(sides), random.Random(options.seed).shuffle
+    for turn in range((options.asked_rounds or NUM_ROUNDS) + 1):
+        shuffle(order)
+        for name in order:
+            work = functools.partial(run_step, sides[name].model, rows, length, direction)
+            spent = [time_once(work, options.device) for _ in range(NUM_STEPS)]
+            if turn:
+                sides[name].seconds.append(median(spent[1:]))
+            else:
+                sides[name].peak = measure_peak(work, options.device)
+
+
+def judge(ratios: dict[str, float]) -> str:
+    """Return whether koat's IA3 is near the floor and faster than LoRA, koat's own as well."""
+    return "held" if ratios[OURS] <= min(STEP_MARK, ratios[LORA], ratios["koat LoRA r=8"]) else "MISSED"
+
+
+def measure_model(family: str, options: Options, findings: Findings) -> None:
+    """Add one family and size to the findings."""
+    rows, length = (2, 64) if options.quick else (ROWS, LENGTH)
+    base = build_base(family, options, "bfloat16")
+    base.set_attn_implementation("sdpa")
+    sides = {}
+    for name, wrap in list_sides().items():
+        sides[name] = Side(wrap(share_weights(base)), [])
+        randomise(sides[name].model, options.seed)
+    checks = compare_vectors(sides[OURS].model, sides[PEER].model)
+    passed = all(check.passed for check in checks)
+    result = Result(
+        "K(G)OAT's table", f"{family} {options.size}", "bfloat16", "ia3", LORA, "; ".join(map(str, checks)), passed,
+        f"{rows} x {length} tokens, layers forward and backward; {LORA}: plain PEFT on its own targets",
+    )  # fmt: skip
+    findings.results.append(result)
+    if passed:
+        measure_sides(sides, rows, length, options)
+        floor = sides["floor"].seconds
+        ratios = {name: median(a / b for a, b in zip(side.seconds, floor, strict=True)) for name, side in sides.items()}
+        seconds = {name: median(side.seconds) for name, side in sides.items()}
+        result.rate, result.peer_rate = (rows * length / seconds[name] for name in (OURS, LORA))
+        result.notes = f"koat's step is {ratios[OURS]:.3f} of the frozen base's"
+        for name, side in sides.items():
+            row = (
+                f"{family} {options.size}", name, f"{side.num_trained:,}", f"{1e3 * seconds[name]:.1f}",
+                f"{ratios[name]:.3f}", f"{side.peak / 1e9:.2f}", judge(ratios) if name == OURS else "",
+            )  # fmt: skip
+            findings.tables[0].rows.append(row)
+            print(" | ".join(row), flush=True)
+    print(result.describe(), flush=True)
+
+
+def run(options: Options, rates: dict[str, float]) -> Findings:
+    """Measure every family and size. Raises Absent without a GPU."""
+    if options.device.type != "cuda" and not options.quick:
+        raise Absent("models of billions of parameters want a GPU; --quick shows that it runs")
+    header = ("model", "side", "trained", "step, ms", "of floor", "peak beside weights, GB", "marks")
+    findings = Findings(tables=[Table("K(G)OAT's table: a step of all layers", header, [])])
+    for family in options.families:
+        for size in (options.size,) if options.quick else BILLIONS[family]:
+            measure_model(family, replace(options, size=size), findings)
+    return findings
+
+
+if __name__ == "__main__":
+    main(run, __doc__)
