@@ -88,7 +88,7 @@ def build_base(family: str, options: Options, precision: str = "float32", **shap
         "eos_token_id": None,
     }
     config = AutoConfig.for_model(family, **{**usual, **shape})
-    attention = pick_attention("auto", config, options.device)
+    attention = pick_attention("auto", config)
     torch.manual_seed(options.seed)
     on_gpu = options.device.type == "cuda"
     # A GPU draws billions of weights in seconds, and holds them in the one type that is wanted.

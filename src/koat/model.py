@@ -20,7 +20,6 @@ from koat.quantise.weights import count_entries
 
 NANO = "nano"
 """The name of the small base model that ships with koat."""
-FLEX_FAMILIES = {"gpt_neox", "llama", "mistral", "qwen2", "qwen3"}
 log = logging.getLogger(__name__)
 
 
@@ -130,7 +129,7 @@ def load_model(settings: ModelSettings) -> Any:
     where, device = locate_base(settings.base), pick_device(settings.device)
     quieten()
     config = load_config(settings)
-    attention = pick_attention(settings.attention, config, device)
+    attention = pick_attention(settings.attention, config)
     dtype = pick_dtype(settings.dtype, device, settings.quantisation)
     quantised = make_loading_options(settings.quantisation, dtype, device, lambda: build_empty(config))
     try:
@@ -164,16 +163,13 @@ def _check_complete(settings: ModelSettings, missing: Collection[str]) -> None:
         )
 
 
-def pick_attention(attention: str, config: Any, device: torch.device) -> str | None:
+def pick_attention(attention: str, config: Any) -> str | None:
     """Return the attention implementation for transformers, None for the family's own default.
 
-    FlexAttention knows no dropout. SDPA, the default of Gemma 2, leaves caps on scores out without a word.
+    SDPA, the default of Gemma 2, leaves caps on scores out without a word. FlexAttention knows no dropout.
     """
     if attention == "auto":
-        if getattr(config, "attn_logit_softcapping", None) is not None:
-            return "eager"
-        fits = config.model_type in FLEX_FAMILIES and not getattr(config, "attention_dropout", 0)
-        return "flex_attention" if device.type == "cuda" and fits else None
+        return "eager" if getattr(config, "attn_logit_softcapping", None) is not None else None
     return {"flex": "flex_attention"}.get(attention, attention)
 
 

@@ -7,8 +7,9 @@ from types import ModuleType
 import pytest
 import torch
 from transformers.activations import ACT2FN
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from koat.adapters import fused, lean
+from koat.adapters import fused, lean, norms
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu", "identity": "linear"}
@@ -71,6 +72,29 @@ def test_values_and_gradients_are_the_formulas(kernels, kind, gated, dtype) -> N
         assert measure_error(found, wanted) < TOLERANCES[dtype]
     # Whatever the activations' type, a vector's gradient is summed in float32.
     assert measure_error(gradients[-1], exact[-1]) < 2e-6
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize(("width", "offset"), [(40, 0.0), (512, 1.0)])
+def test_a_norms_gradient_is_the_formulas(kernels, width, offset, dtype) -> None:
+    x, upstream = draw(3, 5, width, seed=0, dtype=dtype), draw(3, 5, width, seed=1, dtype=dtype)
+    weight = 1 - offset + 0.3 * draw(width, seed=2, dtype=dtype)
+    found = kernels.pull_back_norm(upstream, x, weight, offset, 1e-3)
+    wide = x.double().requires_grad_()
+    normed = wide * (wide.square().mean(-1, keepdim=True) + 1e-3).rsqrt() * (weight.double() + offset)
+    (expected,) = torch.autograd.grad(normed, wide, upstream.double())
+    assert found.dtype == dtype
+    assert measure_error(found, expected) < TOLERANCES[dtype]
+
+
+def test_norms_take_the_kernel(kernels, monkeypatch) -> None:
+    monkeypatch.setattr(norms, "find_fused", lambda activation: kernels)
+    model = torch.nn.Sequential(LlamaRMSNorm(40).requires_grad_(False)).to(DEVICE)
+    x, upstream = draw(2, 7, 40, seed=0), draw(2, 7, 40, seed=1)
+    (expected,) = differentiate(model, [x], upstream)[1]
+    norms.refine_norms(model)
+    (found,) = differentiate(model, [x], upstream)[1]
+    torch.testing.assert_close(found, expected)
 
 
 def test_numbers_far_from_zero_stay_finite(kernels) -> None:

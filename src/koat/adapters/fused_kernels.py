@@ -1,4 +1,5 @@
-"""IA3 on a GPU: an activation function, its vector and both gradients in one pass each, as Triton kernels.
+"""IA3 on a GPU: an activation function, its vector and both gradients in one pass each, as Triton kernels; and the
+gradient of a frozen RMS norm.
 
 A GPU spends its time between two products on reading and writing activations. PyTorch's own kernels would read an
 inner activation once to activate and once to rescale it, and five times on the way back. Here the vector rides along
@@ -26,7 +27,7 @@ COLUMNS = 256
 
 
 @triton.jit
-def activate(x: Any, KIND: tl.constexpr) -> Any:
+def activate(x, KIND: tl.constexpr):
     """Return an activation function's values."""
     if KIND == "silu":
         return x * tl.sigmoid(x)
@@ -41,7 +42,7 @@ def activate(x: Any, KIND: tl.constexpr) -> Any:
 
 
 @triton.jit
-def differentiate(x: Any, KIND: tl.constexpr) -> Any:
+def differentiate(x, KIND: tl.constexpr):
     """Return an activation function's slopes."""
     if KIND == "silu":
         share = tl.sigmoid(x)
@@ -57,11 +58,11 @@ def differentiate(x: Any, KIND: tl.constexpr) -> Any:
         return tl.full(x.shape, 1.0, tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("num_rows",))
 def rescale_kernel(
-    gate: Any, up: Any, vector: Any, out: Any, num_rows: Any, width: Any,
+    gate, up, vector, out, num_rows, width,
     KIND: tl.constexpr, GATED: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, COLUMNS: tl.constexpr,
-) -> None:  # fmt: skip
+):  # fmt: skip
     """Write `activate(gate) * up * vector` for `ROWS` rows of `COLUMNS` columns."""
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     scale = tl.load(vector + column, mask=column < width, other=0.0).to(tl.float32)
@@ -75,11 +76,11 @@ def rescale_kernel(
         tl.store(out + place, (value * scale[None, :]).to(out.dtype.element_ty), mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("num_rows",))
 def pull_back_kernel(
-    gradient: Any, gate: Any, up: Any, vector: Any, for_gate: Any, for_up: Any, sums: Any, num_rows: Any, width: Any,
+    gradient, gate, up, vector, for_gate, for_up, sums, num_rows, width,
     KIND: tl.constexpr, GATED: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, COLUMNS: tl.constexpr,
-) -> None:  # fmt: skip
+):  # fmt: skip
     """Write the gradients of gate and up for `ROWS` rows of `COLUMNS` columns, and this piece of the vector's."""
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     scale = tl.load(vector + column, mask=column < width, other=0.0).to(tl.float32)
@@ -101,6 +102,24 @@ def pull_back_kernel(
         tl.store(for_gate + place, (scaled * differentiate(x, KIND)).to(for_gate.dtype.element_ty), mask=there)
     piece = tl.program_id(1).to(tl.int64) * width
     tl.store(sums + piece + column, tl.sum(total, axis=0), mask=column < width)
+
+
+@triton.jit
+def norm_kernel(x, gradient, weight, out, epsilon, offset, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+    """Write the gradient of one row `x [d]` of an RMS norm: `(u - x (u . x) / l^2) / rms`, `u` the gradient times gain.
+
+    `l^2` is `d rms^2`, as in `koat.adapters.norms.pull_back`.
+    """
+    column = tl.arange(0, PADDED)
+    there = column < WIDTH
+    place = tl.program_id(0).to(tl.int64) * WIDTH + column
+    number = tl.load(x + place, mask=there, other=0.0).to(tl.float32)
+    above = tl.load(gradient + place, mask=there, other=0.0).to(tl.float32)
+    above *= tl.load(weight + column, mask=there, other=0.0).to(tl.float32) + offset
+    length = tl.sum(number * number, axis=0) + WIDTH * epsilon
+    inner = tl.sum(above * number, axis=0) / length
+    found = (above - number * inner) * tl.rsqrt(length / WIDTH)
+    tl.store(out + place, found.to(out.dtype.element_ty), mask=there)
 
 
 def rescale(gate: Tensor, vector: Tensor, kind: str = "identity", up: Tensor | None = None) -> Tensor:
@@ -133,6 +152,18 @@ def pull_back(
             num_rows, width, kind, up is not None, ROWS, STEP, COLUMNS,
         )  # fmt: skip
     return for_gate, for_up, sums.sum(0)
+
+
+def pull_back_norm(gradient: Tensor, x: Tensor, weight: Tensor, offset: float, epsilon: float) -> Tensor:
+    """Return the gradient of `x` `[..., d]` from that of an RMS norm with the gain `weight + offset` `[d]`."""
+    x, gradient = x.contiguous(), gradient.contiguous()
+    out, width = torch.empty_like(x), x.shape[-1]
+    padded = triton.next_power_of_2(width)
+    with torch.cuda.device_of(x):
+        norm_kernel[(x.numel() // width,)](
+            x, gradient, weight, out, epsilon, offset, width, padded, num_warps=min(16, max(1, padded // 512))
+        )
+    return out
 
 
 class RescaleActivated(torch.autograd.Function):

@@ -39,15 +39,15 @@ def multiply(activation: Tensor, vector: Tensor, out: Tensor | None = None) -> T
     """
     fused = find_fused(activation) if out is None else None
     if fused is not None:
-        return fused.rescale(activation.contiguous(), vector)
+        product: Tensor = fused.rescale(activation.contiguous(), vector)
+        return product
     if not is_normalised_fast(activation):
         return torch.mul(activation, vector, out=make_room(activation) if out is None else out)
     width = len(vector)
     mean, variance, none = _make_neutral(width)
     rows, weight = activation.reshape(-1, width), vector.float()
     if out is None:
-        product = torch.native_batch_norm(rows, weight, None, mean, variance, False, 0.0, 0.0)[0]
-        return product.view(activation.shape)
+        return torch.native_batch_norm(rows, weight, None, mean, variance, False, 0.0, 0.0)[0].view(activation.shape)
     torch.native_batch_norm(rows, weight, None, mean, variance, False, 0.0, 0.0, out=(out.view(-1, width), none, none))
     return out
 

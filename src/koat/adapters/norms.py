@@ -2,7 +2,8 @@
 
 transformers computes them in float32, so autograd keeps a float32 copy of every input, and its backward pass of a
 mean over the last dimension makes tensors whose rows are columns, which every product after it pays for on a CPU.
-With the gain frozen the gradient is one formula. Zhang and Sennrich 2019, "Root Mean Square Layer Normalization".
+With the gain frozen the gradient is one formula, and on a GPU one kernel (`koat.adapters.fused`). Zhang and Sennrich
+2019, "Root Mean Square Layer Normalization".
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from koat.adapters.fused import find_fused
 from koat.adapters.refine import mix_in, take_out
 
 PIECE = 1 << 19
@@ -36,6 +38,9 @@ class NormRows(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradient of `x`."""
         x, weight = ctx.saved_tensors
+        fused = find_fused(x)
+        if fused is not None:
+            return fused.pull_back_norm(gradients[0], x, weight, ctx.offset, ctx.epsilon), None, None, None, None
         wide, width = torch.promote_types(x.dtype, torch.float32), len(weight)
         gain = (weight.to(wide) + ctx.offset) * width**0.5
         num_rows = count_rows(x)

@@ -38,8 +38,8 @@ class ModelSettings(Section):
     )
     attention: Literal["auto", "sdpa", "flex", "eager"] = Field(
         "auto",
-        description="Attention kernel; `auto` takes flex on CUDA where the family has it, and on a CPU sdpa called "
-        "tree by tree; `sdpa` keeps to dense masks.",
+        description="Attention kernel; `auto` takes koat's own, which skips what nobody may see (on CUDA by Triton, on "
+        "a CPU sdpa called tree by tree), where it proves exact, else sdpa; `sdpa` keeps to dense masks.",
     )
     trust_remote_code: bool = Field(
         False, description="Run Python code that comes with the model. Only for publishers you trust."

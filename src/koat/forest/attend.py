@@ -15,7 +15,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-Kernel = Literal["walk", "sdpa", "eager", "flex"]
+Kernel = Literal["walk", "tree", "sdpa", "eager", "flex"]
+MASKLESS = ("walk", "tree")
+"""Kernels that are given the trees themselves."""
 FLEX_BLOCK = 128
 
 
@@ -50,13 +52,13 @@ def render_mask(
 
     Returns what the model's `attention_mask` takes: a boolean `[R, 1, L, L]` for SDPA, an additive one of
     `dtype` for eager attention, a `BlockMask` for FlexAttention, or a mapping from layer type to one of them.
-    Walked attention reads no mask; an empty one `[R, 1, 1, L]` keeps the model from making its own.
+    Walked and tree attention read no mask; an empty one `[R, 1, 1, L]` keeps the model from making its own.
     """
     rendered: dict[int | None, Any] = {}
     for _, window in plan.windows:
         if window not in rendered:
             mask = _render_one(plan.kernel, position, subtree_end, window, dtype)
-            rendered[window] = mask[:, :, num_cached:] if num_cached and plan.kernel != "walk" else mask
+            rendered[window] = mask[:, :, num_cached:] if num_cached and plan.kernel not in MASKLESS else mask
     if plan.by_type:
         return {kind: rendered[window] for kind, window in plan.windows}
     return rendered[plan.windows[0][1]]
@@ -65,7 +67,7 @@ def render_mask(
 def _render_one(kernel: Kernel, position: Tensor, subtree_end: Tensor, window: int | None, dtype: torch.dtype) -> Any:
     if kernel == "flex":
         return make_block_mask(position, subtree_end, window)
-    if kernel == "walk":
+    if kernel in MASKLESS:
         return torch.ones_like(position, dtype=torch.bool)[:, None, None]
     visible = make_visible(position, subtree_end, window)
     if kernel == "sdpa":

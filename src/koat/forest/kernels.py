@@ -9,20 +9,22 @@ from torch import nn
 from koat.forest.attend import Kernel
 from koat.forest.root import has_cached_root
 from koat.forest.score import unwrap
-from koat.forest.walk import IMPLEMENTATION
+from koat.forest.tree import IMPLEMENTATION as TREE
+from koat.forest.tree import has_triton
+from koat.forest.walk import IMPLEMENTATION as WALK
 
 
 def find_kernel(config: Any) -> Kernel:
     """Return the kernel whose mask a loaded model understands, from its configuration."""
-    known: dict[str, Kernel] = {"sdpa": "sdpa", "flex_attention": "flex", IMPLEMENTATION: "walk"}
+    known: dict[str, Kernel] = {"sdpa": "sdpa", "flex_attention": "flex", WALK: "walk", TREE: "tree"}
     return known.get(config._attn_implementation, "eager")
 
 
 def list_kernels(model: nn.Module, wanted: str) -> list[Kernel]:
-    """Return the kernels worth trying: on a CPU, where SDPA serves, walked attention before it.
+    """Return the kernels worth trying: where SDPA serves, before it walked attention on a CPU, tree attention on a GPU.
 
-    FlexAttention may not compile on a machine; dense masks stand behind it. Keys in a cache (prefix tuning) are for
-    kernels that take a dense mask.
+    Kernels may not compile on a machine; dense masks stand behind them. Keys in a cache (prefix tuning) are for kernels
+    that take a dense mask.
     """
     causal = unwrap(model)
     kernel = find_kernel(causal.config)
@@ -31,11 +33,11 @@ def list_kernels(model: nn.Module, wanted: str) -> list[Kernel]:
         return [dense] if has_cached_root(model) else ["flex", dense]
     if has_cached_root(model):
         return ["eager" if kernel == "eager" else "sdpa"]
-    if causal.device.type != "cpu" or kernel not in ("sdpa", "walk"):
-        return [kernel]
-    if wanted == "sdpa":
-        return ["sdpa"]
-    return ["walk", "sdpa"]
+    if kernel == "eager":
+        return ["eager"]
+    own: dict[str, Kernel] = {"cpu": "walk", "cuda": "tree" if has_triton() else "sdpa"}
+    first = "sdpa" if wanted == "sdpa" else own.get(causal.device.type, "sdpa")
+    return [first] if first == "sdpa" else [first, "sdpa"]
 
 
 def pick_cached(causal: Any, kernel: Kernel) -> Kernel:

@@ -20,7 +20,10 @@ from koat.forest.head import gather_logprobs, head_logprobs, head_scores
 from koat.forest.narrow import narrow_last_layer
 from koat.forest.pack import MicroBatch, RowCost, batch_rows, plan_rows, plan_separate_rows
 from koat.forest.root import Root, shift_source, stand_on, take_root
-from koat.forest.walk import IMPLEMENTATION, Walk, register_walk
+from koat.forest.tree import IMPLEMENTATION as TREE
+from koat.forest.tree import Tree, register_tree
+from koat.forest.walk import IMPLEMENTATION as WALK
+from koat.forest.walk import Walk, register_walk
 
 MOST_COMPILED = 64
 """How often one attention function may be compiled: a few kinds of gradient times the length buckets."""
@@ -60,12 +63,12 @@ def estimate_row_cost(config: Any, kernel: str) -> RowCost:
     """Estimate the price of attention from a model's shape.
 
     A token costs about `24 * hidden^2` operations per layer in matrix products and `4 * hidden` per key it is
-    multiplied with. Dense masked attention runs at about half the rate of the products; block masks skip most of
-    what is hidden, walked attention all of it, so that a long row costs next to nothing. Starting a micro-batch
-    takes as long as 128 tokens on a CPU (8 layers of 512; short products also run slower); a GPU computes a
+    multiplied with. Dense masked attention runs at about half the rate of the products; tree attention and block masks
+    skip most of what is hidden, walked attention all of it, so that a long row costs next to nothing. Starting a
+    micro-batch takes as long as 128 tokens on a CPU (8 layers of 512; short products also run slower); a GPU computes a
     thousand meanwhile.
     """
-    share, start_up = {"flex": (0.1, 1024.0), "walk": (0.01, 128.0)}.get(kernel, (1.0, 32.0))
+    share, start_up = {"flex": (0.1, 1024.0), "tree": (0.1, 1024.0), "walk": (0.01, 128.0)}.get(kernel, (1.0, 32.0))
     return RowCost(share / (3 * read_width(config)), start_up)
 
 
@@ -149,6 +152,8 @@ def make_inputs(causal: Any, batch: MicroBatch, layout: Layout, root: Root | Non
     )
     if layout.plan.kernel == "walk":
         inputs["walk"] = make_walk(causal, layout, standing.position, standing.subtree_end, standing.source)
+    elif layout.plan.kernel == "tree":
+        inputs["tree"] = Tree.plant(standing.position, standing.subtree_end, num_cached)
     return inputs
 
 
@@ -170,9 +175,11 @@ def set_kernel(causal: Any, kernel: Kernel) -> None:
     """Let a model's layers compute attention with a kernel; they look it up at each pass."""
     if kernel == "walk":
         register_walk()
+    elif kernel == "tree":
+        register_tree()
     elif kernel == "flex":
         allow_compiling()
-    names = {"flex": "flex_attention", "walk": IMPLEMENTATION}
+    names = {"flex": "flex_attention", "walk": WALK, "tree": TREE}
     causal.config._attn_implementation = names.get(kernel, kernel)
 
 

@@ -26,6 +26,7 @@ from koat.forest.head import gather_logprobs, head_scores
 from koat.forest.narrow import narrow_last_layer
 from koat.forest.pack import MicroBatch
 from koat.forest.score import Layout, cut_sequences, make_walk, score_tokens, set_kernel, unwrap
+from koat.forest.tree import Tree
 
 COMFORTABLE = 2048
 """Tokens of a segment that is neither slow to start nor too large for a processor's cache (8 layers of 512)."""
@@ -173,6 +174,8 @@ def score_segment(
     }
     if layout.plan.kernel == "walk":
         inputs["walk"] = make_walk(causal, layout, position, subtree_end, source, num_cached)
+    elif layout.plan.kernel == "tree":
+        inputs["tree"] = Tree.plant(position, subtree_end, num_cached)
     with narrow_last_layer(causal, source) if layout.narrow else nullcontext():
         if layout.split_head:
             hidden = causal.base_model(**inputs).last_hidden_state.flatten(0, 1)

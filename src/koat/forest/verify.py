@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from koat.core.sequence import Sequence, supervise_from
 from koat.core.soft_prompt import has_soft_prompt
-from koat.forest.attend import AttentionPlan, Kernel, find_windows
+from koat.forest.attend import MASKLESS, AttentionPlan, Kernel, find_windows
 from koat.forest.build import build_forest
 from koat.forest.grow import grow_forest
 from koat.forest.kernels import find_kernel, list_kernels, pick_cached
@@ -30,6 +30,10 @@ from koat.forest.twin import TWIN_WINDOW, make_twin
 
 TWIN_TOLERANCE = 2e-4
 """Largest log-probability difference on the float32 twin; a wrong mask or position gives 1e-2 and more."""
+SLOPE_TOLERANCE = 1e-3
+"""Largest relative difference of a gradient on the float32 twin."""
+COMPILED: tuple[Kernel, ...] = ("tree", "flex")
+"""Kernels that each machine compiles for itself: that one way works there says nothing of the way back."""
 SEGMENT = 24
 """Tokens of a segment when carrying keys and values is tried; shorter than the probe's longest sequences."""
 NOISE_FACTOR = 4.0
@@ -130,6 +134,25 @@ def measure_stream(model: nn.Module, sequences: ListLike[Sequence], layout: Layo
     return max(abs(a - b) if np.isfinite(b) else float("inf") for a, b in pairs)
 
 
+def trains(model: nn.Module) -> bool:
+    """Whether some weight of a model wants a gradient."""
+    return any(weight.requires_grad for weight in model.parameters())
+
+
+def measure_slopes(twin: nn.Module, sequences: ListLike[Sequence], layout: Layout) -> float:
+    """Return the relative difference that a layout makes to the gradient of a twin's input embeddings."""
+    weight = unwrap(twin).get_input_embeddings().weight
+    found = []
+    with torch.enable_grad():
+        for each in (layout, make_padded(layout.split_head)):
+            batches = (batch.to(weight.device) for batch in cut_sequences(sequences, each, token_budget=4096))
+            total = torch.stack([token_logprobs(twin, batch, each).sum() for batch in batches]).sum()
+            found.append(torch.autograd.grad(total, weight)[0])
+    mine, exact = found
+    difference = float((mine - exact).norm() / exact.norm())
+    return difference if np.isfinite(difference) else float("inf")
+
+
 def estimate_rounding(model: nn.Module, sequences: ListLike[Sequence]) -> float:
     """Return what rounding alone may do to a log-probability in the model's own type.
 
@@ -208,6 +231,9 @@ def _verify(model: nn.Module, kernels: list[Kernel]) -> tuple[Layout, Verificati
         for each in (twin, causal):  # single sequences too: a kernel that cannot run here is no reference either
             set_kernel(each, layout.plan.kernel)
         twin_difference, reason = _try_layout(twin, probe, _shrink_windows(layout))
+        if twin_difference <= TWIN_TOLERANCE and layout.plan.kernel in COMPILED and trains(model):
+            slopes, reason = _try_layout(twin, probe, _shrink_windows(layout), measure_slopes)
+            twin_difference = twin_difference if slopes <= SLOPE_TOLERANCE else max(twin_difference, slopes)
         if twin_difference > TWIN_TOLERANCE:
             reasons.append(reason or f"log-probabilities differ by {twin_difference:.2g} on a float32 twin")
             continue
@@ -233,11 +259,11 @@ def _verify(model: nn.Module, kernels: list[Kernel]) -> tuple[Layout, Verificati
 def _let_stream(layout: Layout, *trials: tuple[Any, ListLike[Sequence], float]) -> Layout:
     """Return the layout as one that streams, where that is worth while and exact too.
 
-    Walked attention makes one long row as cheap as many; with dense masks its cost would be its square.
+    Walked and tree attention make one long row as cheap as many; with dense masks its cost would be its square.
     """
     assert layout.plan is not None
     streaming = replace(layout, streams=True)
-    if layout.plan.kernel != "walk" or has_soft_prompt(trials[-1][0]):
+    if layout.plan.kernel not in MASKLESS or has_soft_prompt(trials[-1][0]):
         return layout
     for model, probe, allowed in trials:
         tried = _shrink_windows(streaming) if model is trials[0][0] else streaming

@@ -146,12 +146,12 @@ class Trace:
 def pick_layout(model: nn.Module, settings: ModelSettings, device: torch.device) -> Layout:
     """Return the layout that a run will most likely verify, from the model's class and configuration alone.
 
-    FlexAttention keeps what walked attention keeps, which stands in for it.
+    Tree attention and FlexAttention keep what walked attention keeps, which stands in for them.
     """
     config = unwrap(model).config
     if settings.layout == "padded" or getattr(config, "alibi", False) or config.model_type in ALIBI_FAMILIES:
         return make_padded(split_head=True)
-    eager = find_kernel(config) == "eager" or pick_attention(settings.attention, config, device) == "eager"
+    eager = find_kernel(config) == "eager" or pick_attention(settings.attention, config) == "eager"
     kernel: Kernel = "eager" if eager else "sdpa"
     if kernel == "sdpa" and not has_cached_root(model) and _walks(model, settings, device):
         kernel = "walk"
@@ -159,10 +159,10 @@ def pick_layout(model: nn.Module, settings: ModelSettings, device: torch.device)
 
 
 def _walks(model: nn.Module, settings: ModelSettings, device: torch.device) -> bool:
-    causal = unwrap(model)
-    if pick_attention(settings.attention, causal.config, device) == "flex_attention":
+    if settings.attention == "flex":
         return True
-    return bool(device.type == "cpu" and settings.attention == "auto" and causal._supports_attention_backend)
+    own = settings.attention == "auto" and device.type in ("cpu", "cuda")
+    return own and bool(unwrap(model)._supports_attention_backend)
 
 
 def keeps_squares(layout: Layout) -> bool:

@@ -1,0 +1,142 @@
+"""Attention over a forest on a GPU: which blocks of queries and keys have to do with one another, made once.
+
+The kernels (`koat.forest.tree_kernels`) want Triton, which comes with PyTorch for CUDA. Where it is not there, dense
+masks stand in (`koat.forest.kernels`).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from koat.forest.attend import make_visible
+from koat.forest.walk import UNKNOWN
+
+IMPLEMENTATION = "koat_tree"
+"""The name under which transformers finds this attention."""
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """Which blocks see which: for each of Q blocks of queries its `num_keys [R, Q]` first in `keys [R, Q, K]`, and for
+    each of K blocks of keys its `num_queries [R, K]` first in `queries [R, K, Q]`, all 32-bit integers."""
+
+    num_keys: Tensor
+    keys: Tensor
+    num_queries: Tensor
+    queries: Tensor
+
+
+@dataclass(frozen=True)
+class Tree:
+    """The trees of a micro-batch, `position` and `subtree_end` `[R, K]`; the last K - n of the K tokens ask.
+
+    The first n, `num_cached`, ask nothing: their keys and values come from a cache.
+    """
+
+    position: Tensor
+    subtree_end: Tensor
+    num_cached: int = 0
+    made: dict[tuple[int | None, int, int], Blocks] = field(default_factory=dict)
+
+    @classmethod
+    def plant(cls, position: Tensor, subtree_end: Tensor, num_cached: int = 0) -> Tree:
+        """Return the trees in the form that the kernels read."""
+        return cls(position.to(torch.int32).contiguous(), subtree_end.to(torch.int32).contiguous(), num_cached)
+
+    def list_blocks(self, window: int | None, num_queries: int, num_keys: int) -> Blocks:
+        """Return the blocks, of `num_queries` and `num_keys` tokens, that see something under a sliding window."""
+        key = (window, num_queries, num_keys)
+        if key not in self.made:
+            seen = self.find_seen(window, num_queries, num_keys)
+            self.made[key] = Blocks(*_list_marked(seen), *_list_marked(seen.transpose(1, 2)))
+        return self.made[key]
+
+    def find_seen(self, window: int | None, num_queries: int, num_keys: int) -> Tensor:
+        """Return a boolean `[R, Q, K]`: some query of the block may see some key of the other.
+
+        A block of keys is out of sight when its greatest `subtree_end` does not reach the first query, or when the
+        nearest of its positions is a window away.
+        """
+        length, device = self.position.shape[1], self.position.device
+        first = torch.arange(self.num_cached, length, num_queries, device=device)
+        last = (first + num_queries - 1).clamp(max=length - 1)
+        keys = torch.arange(0, length, num_keys, device=device)
+        reach = _cut(self.subtree_end, num_keys, 0).amax(-1)
+        seen = (keys[None, None, :] <= last[None, :, None]) & (reach[:, None, :] > first[None, :, None])
+        if window is not None:
+            far = torch.iinfo(torch.int32).max // 2
+            nearest = _cut(self.position[:, self.num_cached :], num_queries, far).amin(-1)
+            furthest = _cut(self.position, num_keys, -far).amax(-1)
+            seen &= nearest[:, :, None] - furthest[:, None, :] < window
+        return seen
+
+
+def _cut(values: Tensor, size: int, filling: int) -> Tensor:
+    """Cut `[R, L]` into blocks `[R, B, size]`."""
+    padded = F.pad(values, (0, -values.shape[1] % size), value=filling)
+    return padded.view(len(values), -1, size)
+
+
+def _list_marked(marks: Tensor) -> tuple[Tensor, Tensor]:
+    """Return how many of the last dimension are marked, and their places, those first: `[R, Q]`, `[R, Q, K]`."""
+    places = marks.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
+    return marks.sum(-1, dtype=torch.int32).contiguous(), places.to(torch.int32).contiguous()
+
+
+def attend_tree(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    tree: Tree | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention in the form that transformers calls.
+
+    Without a `tree`, or with dropout on attention, it is transformers' own SDPA. Raises NotImplementedError for what
+    these kernels do not compute: caps, sinks, biases.
+    """
+    if tree is None or dropout:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        mask = attention_mask
+        if tree is not None:
+            mask = make_visible(tree.position, tree.subtree_end, sliding_window)[:, :, tree.num_cached :]
+        return sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, **kwargs)
+    unknown = [name for name in UNKNOWN if kwargs.get(name) is not None]
+    if unknown:
+        raise NotImplementedError(f"tree attention knows no {', '.join(unknown)}")
+    from koat.forest.tree_kernels import TreeAttention
+
+    if torch.is_autocast_enabled(query.device.type):
+        query, key, value = (heads.to(torch.get_autocast_dtype(query.device.type)) for heads in (query, key, value))
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    output: Tensor = TreeAttention.apply(query, key, value, tree, sliding_window, scale)  # type: ignore[no-untyped-call]
+    return output, None
+
+
+@cache
+def has_triton() -> bool:
+    """Whether Triton is installed."""
+    return importlib.util.find_spec("triton") is not None
+
+
+@cache
+def register_tree() -> None:
+    """Make this attention known to transformers; masks that a model makes itself are SDPA's."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+    AttentionInterface.register(IMPLEMENTATION, attend_tree)
+    AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)

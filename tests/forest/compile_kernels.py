@@ -1,0 +1,64 @@
+"""Compile koat's Triton kernels for a GPU that need not be here; print each one's name and bytes of shared memory."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from koat.adapters import fused_kernels
+from koat.forest import tree_kernels
+
+NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+FLOATS = {"vector", "sums", "log_sum", "delta"}
+INTEGERS = {"end", "position", "counts", "blocks"}
+SCALARS = {"scale", "factor", "epsilon", "offset"}
+
+
+def describe(kernel: Any, dtype: torch.dtype, constants: dict[str, Any]) -> ASTSource:
+    """Return a kernel with the types of its arguments; pointers and strides are multiples of 16, as in models."""
+    signature, attributes, fixed = {}, {}, {}
+    for number, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name], fixed[name] = "constexpr", constants[name]
+        elif name in SCALARS:
+            signature[name] = "fp32"
+        elif name.startswith("num_") or name in {"group", "most", "window", "width"}:
+            signature[name] = "i32"
+        else:
+            strides = name.endswith(("_row", "_head", "_token"))
+            kind = "fp32" if name in FLOATS else "i32" if name in INTEGERS else NAMES[dtype]
+            signature[name] = "i32" if strides else f"*{kind}"
+            attributes[(number,)] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, signature, fixed, attributes)
+
+
+def list_sources() -> Iterator[tuple[str, ASTSource, dict[str, int]]]:
+    """Yield every kernel in the forms that models call."""
+    cut = {"ROWS": fused_kernels.ROWS, "STEP": fused_kernels.STEP, "COLUMNS": fused_kernels.COLUMNS}
+    for kind, gated in (("silu", True), ("gelu", False), ("gelu_tanh", True), ("relu", False), ("identity", False)):
+        for kernel in (fused_kernels.rescale_kernel, fused_kernels.pull_back_kernel):
+            constants = {"KIND": kind, "GATED": gated, **cut}
+            yield f"{kernel.__name__} {kind}", describe(kernel, torch.bfloat16, constants), {}
+    for width in (2048, 8192):
+        constants = {"WIDTH": width, "PADDED": width}
+        yield f"norm_kernel {width}", describe(fused_kernels.norm_kernel, torch.bfloat16, constants), {"num_warps": 4}
+    for dtype in NAMES:
+        for width in (64, 128, 256):
+            shape = tree_kernels.pick_shape(width, dtype)
+            constants = {"WIDTH": width, "PADDED": width, "M": shape.num_queries, "N": shape.num_keys}
+            constants |= {"WINDOWED": width == 64, "PRECISION": "ieee" if dtype == torch.float32 else "tf32"}
+            options = {"num_warps": shape.num_warps, "num_stages": shape.num_stages}
+            for name in ("attend_kernel", "pull_back_queries_kernel", "pull_back_keys_kernel"):
+                yield f"{name} {dtype} {width}", describe(getattr(tree_kernels, name), dtype, constants), options
+
+
+if __name__ == "__main__":
+    for label, source, options in list_sources():
+        compiled = triton.compile(source, target=GPUTarget("cuda", int(sys.argv[1]), 32), options=options)
+        print(label, compiled.metadata.shared)

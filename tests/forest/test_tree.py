@@ -1,0 +1,227 @@
+"""Tree attention: which blocks see which, by brute force; its kernels against dense attention in float64.
+
+Without a GPU Triton interprets the kernels, and compiles them for GPUs that are not here.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from koat.core.sequence import supervise_from
+from koat.forest import kernels as choice
+from koat.forest.attend import make_visible
+from koat.forest.kernels import list_kernels
+from koat.forest.pack import collate_rows
+from koat.forest.score import cut_sequences, set_kernel, sum_by_owner, token_logprobs
+from koat.forest.stream import score_forest
+from koat.forest.tree import Tree, attend_tree
+from koat.forest.verify import measure_slopes, verify_layout
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(scope="module")
+def kernels() -> Any:
+    """Return the module of kernels, where they can run."""
+    pytest.importorskip("triton", reason="Triton is not installed; it comes with PyTorch for CUDA")
+    if DEVICE == "cpu" and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
+        pytest.skip("Triton's interpreter does not run loops under NumPy 2.4 and later")
+    from koat.forest import tree_kernels
+
+    return tree_kernels
+
+
+def draw_rows(seed: int = 0) -> Any:
+    """Return a micro-batch of two rows: a trunk with branches and a stranger, and a shorter one, padded."""
+    rng = np.random.default_rng(seed)
+
+    def draw(length: int) -> tuple[int, ...]:
+        return tuple(int(token) for token in rng.integers(3, 300, length))
+
+    trunk, other = draw(70), draw(33)
+    rows = [[trunk + draw(24) for _ in range(5)] + [draw(40)], [other + draw(20) for _ in range(4)]]
+    sequences = [supervise_from(ids, 3) for row in rows for ids in sorted(row)]
+    return collate_rows(sequences, [list(range(6)), list(range(6, 10))]).to(DEVICE)
+
+
+def attend_densely(query, key, value, mask, scaling) -> torch.Tensor:
+    """Return attention as its formula has it."""
+    key, value = (heads.repeat_interleave(query.shape[1] // heads.shape[1], 1) for heads in (key, value))
+    scores = (query @ key.transpose(-1, -2) * scaling).masked_fill(~mask, -torch.inf)
+    return (scores.softmax(-1) @ value).transpose(1, 2)
+
+
+# ------------------------------------------------------------------------------------------------ blocks
+
+
+@pytest.mark.parametrize("num_cached", [0, 37])
+@pytest.mark.parametrize("window", [None, 9, 40])
+@pytest.mark.parametrize("sizes", [(64, 64), (32, 16), (16, 32)])
+def test_blocks_hold_all_that_is_seen_and_little_else(window, num_cached, sizes) -> None:
+    batch = draw_rows()
+    tree = Tree.plant(batch.position, batch.subtree_end, num_cached)
+    blocks = tree.list_blocks(window, *sizes)
+    visible = make_visible(batch.position, batch.subtree_end, window)[:, 0, num_cached:].cpu().numpy()
+    num_rows, num_queries, num_keys = visible.shape
+    found = np.zeros((num_rows, -(-num_queries // sizes[0]), -(-num_keys // sizes[1])), bool)
+    for row, query, key in zip(*np.nonzero(visible), strict=True):
+        found[row, query // sizes[0], key // sizes[1]] = True
+
+    def read(counts, places, shape) -> np.ndarray:
+        marked = np.zeros(shape, bool)
+        for index, count in np.ndenumerate(counts.cpu().numpy()):
+            marked[index][places.cpu().numpy()[index][:count]] = True
+        return marked
+
+    listed = read(blocks.num_keys, blocks.keys, found.shape)
+    assert (listed >= found).all()
+    assert listed.sum() <= 1.25 * found.sum() and not listed.all()
+    turned = read(blocks.num_queries, blocks.queries, (num_rows, found.shape[2], found.shape[1]))
+    assert (turned == listed.transpose(0, 2, 1)).all()
+    assert tree.list_blocks(window, *sizes) is blocks
+
+
+# ------------------------------------------------------------------------------------------------ kernels
+
+
+@pytest.mark.parametrize(
+    ("width", "heads", "groups", "window", "num_cached", "dtype"),
+    [
+        (16, 4, 2, None, 0, torch.float32),
+        (24, 2, 1, None, 0, torch.float32),
+        (16, 4, 4, 9, 0, torch.float32),
+        (16, 2, 2, None, 37, torch.float32),
+        (256, 2, 1, 40, 0, torch.float32),
+        (64, 2, 1, None, 0, torch.float16),
+        (80, 3, 3, None, 11, torch.float16),
+    ],
+)
+def test_values_and_gradients_are_the_formulas(kernels, width, heads, groups, window, num_cached, dtype) -> None:
+    batch = draw_rows()
+    num_rows, length = batch.position.shape
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(DEVICE, dtype)
+
+    # Heads lie as projections leave them, token by token.
+    query = draw(num_rows, length - num_cached, heads, width).transpose(1, 2)
+    key, value = (draw(num_rows, length, groups, width).transpose(1, 2) for _ in range(2))
+    upstream, scaling = draw(num_rows, length - num_cached, heads, width), width**-0.5
+    tree = Tree.plant(batch.position, batch.subtree_end, num_cached)
+    leaves = [heads.detach().requires_grad_() for heads in (query, key, value)]
+    found = kernels.TreeAttention.apply(*leaves, tree, window, scaling)
+    gradients = torch.autograd.grad(found, leaves, upstream)
+    exact = [heads.detach().double().requires_grad_() for heads in (query, key, value)]
+    mask = make_visible(batch.position, batch.subtree_end, window)[:, :, num_cached:]
+    expected = attend_densely(*exact, mask, scaling)
+    wanted = torch.autograd.grad(expected, exact, upstream.double())
+    tolerance = 2e-6 if dtype == torch.float32 else 2e-3
+    for mine, right in zip((found, *gradients), (expected, *wanted), strict=True):
+        assert mine.dtype == dtype and mine.shape == right.shape
+        assert float((mine.double() - right).norm() / right.norm()) < tolerance
+
+
+def test_what_kernels_do_not_compute_is_refused(kernels) -> None:
+    with pytest.raises(NotImplementedError, match="heads of 320 numbers"):
+        kernels.pick_shape(320, torch.bfloat16)
+    with pytest.raises(NotImplementedError, match="float64"):
+        kernels.pick_shape(64, torch.float64)
+    batch = draw_rows()
+    heads = torch.zeros(2, 1, batch.position.shape[1], 16, device=DEVICE)
+    tree = Tree.plant(batch.position, batch.subtree_end)
+    with pytest.raises(NotImplementedError, match="knows no softcap"):
+        attend_tree(torch.nn.Module(), heads, heads, heads, None, tree=tree, softcap=3.0)
+
+
+def test_dropout_on_attention_falls_back_on_dense_masks() -> None:
+    batch = draw_rows()
+    heads = torch.randn(2, 2, batch.position.shape[1], 16, device=DEVICE)
+    tree = Tree.plant(batch.position, batch.subtree_end)
+    module = torch.nn.Module().train()
+    found, _ = attend_tree(module, heads, heads, heads, None, dropout=1e-9, tree=tree, scaling=0.25)
+    mask = make_visible(batch.position, batch.subtree_end)
+    torch.testing.assert_close(found, attend_densely(heads, heads, heads, mask, 0.25), atol=1e-5, rtol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------ models
+
+
+@pytest.fixture
+def preferred(kernels, monkeypatch) -> None:
+    """Let a processor, too, take tree attention first."""
+    monkeypatch.setattr(choice, "list_kernels", lambda *_: ["tree", "sdpa"])
+    monkeypatch.setattr("koat.forest.verify.list_kernels", lambda *_: ["tree", "sdpa"])
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "qwen2-window"])
+def test_models_take_it_for_training_and_streams(preferred, make_model, make_sequences, score_singly, family) -> None:
+    model, sequences = make_model(family), make_sequences("chat")
+    each = score_singly(model, sequences)
+    marks = [torch.tensor(sequence.supervised) for sequence in sequences]
+    expected = torch.stack([(row * mark).sum() for row, mark in zip(each, marks, strict=True)])
+    model.to(DEVICE).get_input_embeddings().weight.requires_grad_()
+    layout, found = verify_layout(model)
+    assert (found.kernel, found.shares, found.streams) == ("tree", True, True), found
+    assert measure_slopes(model, sequences, layout) < 1e-5
+    total = torch.zeros(len(sequences))
+    with torch.no_grad():
+        for batch in cut_sequences(sequences, layout, 256):
+            batch = batch.to(DEVICE)
+            total += sum_by_owner(token_logprobs(model, batch, layout), batch.owner, len(sequences)).cpu()
+    torch.testing.assert_close(total, expected, atol=2e-4, rtol=1e-5)
+    sums = torch.zeros(len(sequences))
+    for part in score_forest(model, layout, sequences, 24):
+        sums += sum_by_owner(part.logprobs, part.owner, len(sequences)).cpu()
+    torch.testing.assert_close(sums, expected, atol=2e-4, rtol=1e-5)
+
+
+def test_a_kernel_whose_way_back_is_wrong_is_passed_over(preferred, kernels, make_model, monkeypatch) -> None:
+    right = kernels.TreeAttention.backward
+    monkeypatch.setattr(
+        kernels.TreeAttention, "backward", staticmethod(lambda *given: (2 * right(*given)[0], *right(*given)[1:]))
+    )
+    model = make_model("llama").to(DEVICE)
+    assert verify_layout(model)[1].kernel == "tree"  # nothing is trained: the way back is never taken
+    model.get_input_embeddings().weight.requires_grad_()
+    assert verify_layout(model)[1].kernel == "sdpa"
+
+
+@pytest.mark.parametrize(
+    ("device", "there", "expected"), [("cuda", True, "tree"), ("cuda", False, "sdpa"), ("mps", True, "sdpa")]
+)
+def test_it_is_tried_first_on_a_gpu_with_triton(make_model, monkeypatch, device, there, expected) -> None:
+    monkeypatch.setattr(choice, "has_triton", lambda: there)
+    model = make_model("llama")
+    monkeypatch.setattr(type(model), "device", property(lambda self: torch.device(device)))
+    assert list_kernels(model, "auto")[0] == expected
+    assert list_kernels(model, "auto")[-1] == "sdpa"
+    assert list_kernels(model, "sdpa") == ["sdpa"]
+    set_kernel(model, "tree")
+    assert list_kernels(model, "auto")[0] == expected
+
+
+# ------------------------------------------------------------------------------------------------ compiling
+
+COMPILE = Path(__file__).parent / "compile_kernels.py"
+
+
+@pytest.mark.parametrize("capability", [80, 86, 89, 90])
+def test_kernels_compile_for_gpus_that_are_not_here(capability) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed; it comes with PyTorch for CUDA")
+    plain = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, str(COMPILE), str(capability)], env=plain, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    sizes = [int(line.split()[-1]) for line in done.stdout.splitlines()]
+    assert len(sizes) == 30
+    assert max(sizes) <= {80: 163, 86: 99, 89: 99, 90: 227}[capability] * 1024
