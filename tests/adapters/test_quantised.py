@@ -13,8 +13,7 @@ from koat.adapters.ia3 import Ia3Linear
 from koat.adapters.lora import LoraLinear
 from koat.adapters.methods import Ia3Settings, LoraSettings, QloraSettings
 from koat.core.errors import AdapterError
-from koat.forest.score import cut_sequences, token_logprobs
-from koat.forest.verify import make_padded
+from koat.forest.score import cut_sequences, make_padded, token_logprobs
 from koat.workflows.training.prepare import enable_checkpointing
 from tests.forest.test_score import CUTS, assert_near, assert_same, run_layout, run_single, share
 from tests.quantised_base import SHAPES, load_quantised, write_wide

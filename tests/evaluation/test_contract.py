@@ -21,7 +21,8 @@ from koat.evaluation.contract import (
 )
 from koat.evaluation.harvest import Item, read_items
 from koat.evaluation.task import Task
-from koat.forest.verify import make_padded, verify_layout
+from koat.forest.score import make_padded
+from koat.forest.verify import verify_layout
 
 TASK = load_task("nsmc-prompt1")
 

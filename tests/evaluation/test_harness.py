@@ -20,7 +20,8 @@ from lm_eval.models.huggingface import HFLM
 from koat.core.errors import ConfigError, DataError
 from koat.evaluation import spans
 from koat.evaluation.harness.lm import HarnessOptions, KoatLM
-from koat.forest.verify import make_padded, verify_layout
+from koat.forest.score import make_padded
+from koat.forest.verify import verify_layout
 
 FAMILIES = ("gpt_neox", "llama", "gpt2", "qwen2")
 VOCABULARY = 400

@@ -16,7 +16,8 @@ from koat.evaluation.harvest import draw_shots, read_items
 from koat.evaluation.protocol import ChoiceRequest, build_requests
 from koat.evaluation.scorer import score_requests
 from koat.evaluation.task import adjust_task
-from koat.forest.verify import make_padded, verify_layout
+from koat.forest.score import make_padded
+from koat.forest.verify import verify_layout
 
 LABELS = {"0": " 부정", "1": " 긍정", "2": " 또 보고 싶다"}
 

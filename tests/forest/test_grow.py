@@ -11,7 +11,8 @@ from peft import PromptTuningConfig, get_peft_model
 
 from koat.core.sequence import supervise_from
 from koat.forest.grow import grow_forest
-from koat.forest.verify import single_logprobs, verify_growth, verify_layout
+from koat.forest.probe import single_logprobs
+from koat.forest.verify import verify_growth, verify_layout
 
 FAMILIES = ["gpt_neox", "llama", "mistral", "qwen2-window", "qwen3", "gpt2", "gemma2", "granite", "opt"]
 NUM_NEW = 10

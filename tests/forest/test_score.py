@@ -13,8 +13,8 @@ from koat.adapters.methods import Ia3Settings, LoraSettings
 from koat.core.sequence import Sequence
 from koat.forest.head import head_logprobs
 from koat.forest.pack import RowCost
-from koat.forest.score import Layout, cut_sequences, score_tokens, sum_by_owner, token_logprobs
-from koat.forest.verify import make_padded, verify_layout
+from koat.forest.score import Layout, cut_sequences, make_padded, score_tokens, sum_by_owner, token_logprobs
+from koat.forest.verify import verify_layout
 
 TABLED = ["gpt_neox", "llama", "mistral", "qwen2", "qwen2-window", "qwen3", "gpt2"]
 FAMILIES = [*TABLED, "gemma2"]

@@ -13,8 +13,9 @@ from peft import PromptTuningConfig, get_peft_model
 
 from koat.core.sequence import Sequence
 from koat.forest.build import build_forest
+from koat.forest.probe import single_logprobs
 from koat.forest.stream import Predictions, cut_forest, score_forest, stream_forest
-from koat.forest.verify import single_logprobs, verify_layout
+from koat.forest.verify import verify_layout
 
 
 def draw_sequences(seed: int, vocabulary: int = 100) -> list[Sequence]:

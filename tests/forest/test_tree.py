@@ -20,10 +20,11 @@ from koat.forest import kernels as choice
 from koat.forest.attend import make_visible
 from koat.forest.kernels import list_kernels
 from koat.forest.pack import collate_rows
+from koat.forest.probe import measure_slopes
 from koat.forest.score import cut_sequences, set_kernel, sum_by_owner, token_logprobs
 from koat.forest.stream import score_forest
 from koat.forest.tree import Tree, attend_tree
-from koat.forest.verify import measure_slopes, verify_layout
+from koat.forest.verify import verify_layout
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

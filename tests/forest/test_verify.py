@@ -13,16 +13,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from koat.forest import verify
 from koat.forest.attend import AttentionPlan
 from koat.forest.pack import RowCost
-from koat.forest.score import cut_sequences, set_kernel, token_logprobs
+from koat.forest.probe import make_probe, measure_difference, single_logprobs
+from koat.forest.score import cut_sequences, make_padded, set_kernel, token_logprobs
 from koat.forest.twin import make_twin, pick_layer_types
-from koat.forest.verify import (
-    TWIN_TOLERANCE,
-    make_padded,
-    make_probe,
-    measure_difference,
-    single_logprobs,
-    verify_layout,
-)
+from koat.forest.verify import TWIN_TOLERANCE, verify_layout
 
 EXACT = ["gpt_neox", "llama", "mistral", "qwen2", "qwen2-window", "qwen3", "gpt2", "gemma2", "granite", "opt"]
 
@@ -259,7 +253,7 @@ def test_one_number_that_is_none_is_no_difference_of_zero(make_model, monkeypatc
     layout, _ = verify_layout(model)
     sound = token_logprobs
     spoil = lambda *arguments: sound(*arguments).index_fill(0, torch.tensor([0]), float("nan"))  # noqa: E731
-    monkeypatch.setattr("koat.forest.verify.token_logprobs", spoil)
+    monkeypatch.setattr("koat.forest.probe.token_logprobs", spoil)
     assert measure_difference(model, make_probe(300), layout) == float("inf")
 
 

@@ -11,7 +11,8 @@ import torch
 from koat.adapters.attach import attach_adapter
 from koat.adapters.methods import FullSettings, Ia3Settings, LoraSettings
 from koat.core.sequence import Sequence, supervise_from
-from koat.forest.verify import make_padded, verify_layout
+from koat.forest.score import make_padded
+from koat.forest.verify import verify_layout
 from koat.training.loop import accumulate_gradients
 
 METHODS = {"ia3": Ia3Settings(), "lora": LoraSettings(r=4), "full": FullSettings()}

@@ -14,8 +14,8 @@ from koat.adapters.attach import attach_adapter, read_adapter_state
 from koat.adapters.methods import Ia3Settings, LoraSettings
 from koat.core.sequence import Sequence, supervise_from
 from koat.core.settings import TrainingSettings
-from koat.forest.score import Layout
-from koat.forest.verify import make_padded, verify_layout
+from koat.forest.score import Layout, make_padded
+from koat.forest.verify import verify_layout
 from koat.training.loop import accumulate_gradients, measure_loss, schedule_rate, train
 from koat.training.sampler import plan_steps
 from koat.workflows.training.prepare import enable_checkpointing

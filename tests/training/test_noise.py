@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from koat.core.sequence import Sequence
-from koat.forest.score import Layout, cut_sequences, token_logprobs
-from koat.forest.verify import make_padded, verify_layout
+from koat.forest.score import Layout, cut_sequences, make_padded, token_logprobs
+from koat.forest.verify import verify_layout
 from koat.training.noise import add_noise
 
 ALPHA = 5.0

@@ -8,8 +8,8 @@ from torch import nn
 
 from koat.core.errors import ConfigError
 from koat.core.settings import ModelSettings
-from koat.forest.score import Layout
-from koat.forest.verify import Verification, make_padded, verify_layout
+from koat.forest.score import Layout, make_padded
+from koat.forest.verify import Verification, verify_layout
 
 
 def choose_layout(model: nn.Module, settings: ModelSettings) -> tuple[Layout, Verification]:

@@ -54,6 +54,11 @@ class Layout:
         return self.plan is not None
 
 
+def make_padded(split_head: bool = False) -> Layout:
+    """Return the layout without sharing: one sequence a row, right-padded, of similar lengths."""
+    return Layout(None, RowCost(0.0), 1, split_head)
+
+
 def read_width(config: Any) -> int:
     """Return the width of a model's hidden states."""
     return int(getattr(config, "hidden_size", None) or config.n_embd)

@@ -35,6 +35,12 @@ class Shape(NamedTuple):
 
 
 @triton.jit
+def take(base, token, step, width, mask):
+    """Return the numbers `[T, D]` of some tokens of one head, zero where the mask says no."""
+    return tl.load(base + token[:, None] * step + width[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
 def find_visible(end, position, num_keys, query, key, window, WINDOWED: tl.constexpr):
     """Return which of some keys `[N]` some queries `[M]` see, `[M, N]`; `end` and `position` are one row's."""
     there = key < num_keys
@@ -57,39 +63,31 @@ def attend_kernel(
 ):  # fmt: skip
     """Answer a block of queries of one head: output `[R, L, H, D]` and log-sum `[R, H, L]` (base 2)."""
     block, row, head = tl.program_id(0), tl.program_id(2).to(tl.int64), tl.program_id(1)
-    offset, width = num_keys - num_queries, tl.arange(0, PADDED)
-    wide = (width < WIDTH)[None, :]
-    asked = block * M + tl.arange(0, M)
-    query += row * q_row + head * q_head
+    width, asked = tl.arange(0, PADDED), block * M + tl.arange(0, M)
+    wide, asking = (width < WIDTH)[None, :], (asked < num_queries)[:, None]
+    line, offset = row * tl.num_programs(0) + block, num_keys - num_queries
+    q = take(query + row * q_row + head * q_head, asked, q_token, width, asking & wide)
     key += row * k_row + head // group * k_head
     value += row * v_row + head // group * v_head
-    end += row * num_keys
-    position += row * num_keys
-    counts += row * tl.num_programs(0) + block
-    blocks += (row * tl.num_programs(0) + block) * most
-    q = tl.load(
-        query + asked[:, None] * q_token + width[None, :], mask=(asked < num_queries)[:, None] & wide, other=0.0
-    )
     highest, total = tl.full([M], LOWEST, tl.float32), tl.zeros([M], tl.float32)
     answer = tl.zeros([M, PADDED], tl.float32)
-    for number in range(0, tl.load(counts)):
-        seen = tl.load(blocks + number) * N + tl.arange(0, N)
+    for number in range(0, tl.load(counts + line)):
+        seen = tl.load(blocks + line * most + number) * N + tl.arange(0, N)
         there = (seen < num_keys)[:, None] & wide
-        k = tl.load(key + seen[:, None] * k_token + width[None, :], mask=there, other=0.0)
-        score = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-        visible = find_visible(end, position, num_keys, asked + offset, seen, window, WINDOWED)
-        score = tl.where(visible, score, LOWEST)
+        k, v = take(key, seen, k_token, width, there), take(value, seen, v_token, width, there)
+        visible = find_visible(
+            end + row * num_keys, position + row * num_keys, num_keys, asked + offset, seen, window, WINDOWED
+        )
+        score = tl.where(visible, tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale, LOWEST)
         higher = tl.maximum(highest, tl.max(score, 1))
         weight = tl.where(visible, tl.exp2(score - higher[:, None]), 0.0)
         fade = tl.exp2(highest - higher)
-        v = tl.load(value + seen[:, None] * v_token + width[None, :], mask=there, other=0.0)
         total = total * fade + tl.sum(weight, 1)
         answer = answer * fade[:, None] + tl.dot(weight.to(v.dtype), v, input_precision=PRECISION)
         highest = higher
     total = tl.where(total > 0, total, 1.0)
-    answer = answer / total[:, None]
     place = ((row * num_queries + asked[:, None]) * num_heads + head) * WIDTH + width[None, :]
-    tl.store(output + place, answer.to(output.dtype.element_ty), mask=(asked < num_queries)[:, None] & wide)
+    tl.store(output + place, (answer / total[:, None]).to(output.dtype.element_ty), mask=asking & wide)
     log_sum += (row * num_heads + head) * num_queries
     tl.store(log_sum + asked, highest + tl.log2(total), mask=asked < num_queries)
 
@@ -104,37 +102,31 @@ def pull_back_queries_kernel(
 ):  # fmt: skip
     """Write the gradient of a block of queries of one head, `[R, H, L, D]`."""
     block, row, head = tl.program_id(0), tl.program_id(2).to(tl.int64), tl.program_id(1)
-    offset, width = num_keys - num_queries, tl.arange(0, PADDED)
-    wide = (width < WIDTH)[None, :]
-    asked = block * M + tl.arange(0, M)
-    asking = asked < num_queries
-    query += row * q_row + head * q_head
+    width, asked = tl.arange(0, PADDED), block * M + tl.arange(0, M)
+    wide, asking = (width < WIDTH)[None, :], asked < num_queries
+    line, place = row * tl.num_programs(0) + block, (row * num_heads + head) * num_queries + asked
+    q = take(query + row * q_row + head * q_head, asked, q_token, width, asking[:, None] & wide)
+    start = gradient + (row * num_queries * num_heads + head) * WIDTH
+    above = take(start, asked, num_heads * WIDTH, width, asking[:, None] & wide)
+    sums, mean = tl.load(log_sum + place, mask=asking, other=0.0), tl.load(delta + place, mask=asking, other=0.0)
     key += row * k_row + head // group * k_head
     value += row * v_row + head // group * v_head
-    end += row * num_keys
-    position += row * num_keys
-    counts += row * tl.num_programs(0) + block
-    blocks += (row * tl.num_programs(0) + block) * most
-    q = tl.load(query + asked[:, None] * q_token + width[None, :], mask=asking[:, None] & wide, other=0.0)
-    above = tl.load(
-        gradient + ((row * num_queries + asked[:, None]) * num_heads + head) * WIDTH + width[None, :],
-        mask=asking[:, None] & wide, other=0.0,
-    )  # fmt: skip
-    place = (row * num_heads + head) * num_queries + asked
-    sums, mean = tl.load(log_sum + place, mask=asking, other=0.0), tl.load(delta + place, mask=asking, other=0.0)
-    found = tl.zeros([M, PADDED], tl.float32)
-    for number in range(0, tl.load(counts)):
-        seen = tl.load(blocks + number) * N + tl.arange(0, N)
+    found, offset = tl.zeros([M, PADDED], tl.float32), num_keys - num_queries
+    for number in range(0, tl.load(counts + line)):
+        seen = tl.load(blocks + line * most + number) * N + tl.arange(0, N)
         there = (seen < num_keys)[:, None] & wide
-        k = tl.load(key + seen[:, None] * k_token + width[None, :], mask=there, other=0.0)
-        v = tl.load(value + seen[:, None] * v_token + width[None, :], mask=there, other=0.0)
-        visible = find_visible(end, position, num_keys, asked + offset, seen, window, WINDOWED)
+        k, v = take(key, seen, k_token, width, there), take(value, seen, v_token, width, there)
+        visible = find_visible(
+            end + row * num_keys, position + row * num_keys, num_keys, asked + offset, seen, window, WINDOWED
+        )
         score = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
         weight = tl.where(visible, tl.exp2(score - sums[:, None]), 0.0)
         slope = weight * (tl.dot(above, tl.trans(v), input_precision=PRECISION) - mean[:, None])
         found += tl.dot(slope.to(k.dtype), k, input_precision=PRECISION)
-    place = ((row * num_heads + head) * num_queries + asked[:, None]) * WIDTH + width[None, :]
-    tl.store(for_query + place, (found * factor).to(for_query.dtype.element_ty), mask=asking[:, None] & wide)
+    tl.store(
+        for_query + place[:, None] * WIDTH + width[None, :], (found * factor).to(for_query.dtype.element_ty),
+        mask=asking[:, None] & wide,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -147,33 +139,24 @@ def pull_back_keys_kernel(
 ):  # fmt: skip
     """Write the gradients of a block of keys and values, `[R, G, L, D]`, from all heads that share them."""
     block, row, shared = tl.program_id(0), tl.program_id(2).to(tl.int64), tl.program_id(1)
-    offset, width = num_keys - num_queries, tl.arange(0, PADDED)
-    wide = (width < WIDTH)[None, :]
-    seen = block * N + tl.arange(0, N)
+    width, seen = tl.arange(0, PADDED), block * N + tl.arange(0, N)
+    wide, line = (width < WIDTH)[None, :], row * tl.num_programs(0) + block
     there = (seen < num_keys)[:, None] & wide
-    end += row * num_keys
-    position += row * num_keys
-    counts += row * tl.num_programs(0) + block
-    blocks += (row * tl.num_programs(0) + block) * most
-    k = tl.load(key + row * k_row + shared * k_head + seen[:, None] * k_token + width[None, :], mask=there, other=0.0)
-    v = tl.load(value + row * v_row + shared * v_head + seen[:, None] * v_token + width[None, :], mask=there, other=0.0)
+    k = take(key + row * k_row + shared * k_head, seen, k_token, width, there)
+    v = take(value + row * v_row + shared * v_head, seen, v_token, width, there)
     found_key, found_value = tl.zeros([N, PADDED], tl.float32), tl.zeros([N, PADDED], tl.float32)
-    num_blocks = tl.load(counts)
+    num_blocks, offset = tl.load(counts + line), num_keys - num_queries
     for turn in range(0, num_blocks * group):
         head = shared * group + turn // num_blocks
-        asked = tl.load(blocks + turn % num_blocks) * M + tl.arange(0, M)
-        asking = asked < num_queries
-        q = tl.load(
-            query + row * q_row + head * q_head + asked[:, None] * q_token + width[None, :],
-            mask=asking[:, None] & wide, other=0.0,
-        )  # fmt: skip
-        above = tl.load(
-            gradient + ((row * num_queries + asked[:, None]) * num_heads + head) * WIDTH + width[None, :],
-            mask=asking[:, None] & wide, other=0.0,
-        )  # fmt: skip
-        place = (row * num_heads + head) * num_queries + asked
+        asked = tl.load(blocks + line * most + turn % num_blocks) * M + tl.arange(0, M)
+        asking, place = asked < num_queries, (row * num_heads + head) * num_queries + asked
+        q = take(query + row * q_row + head * q_head, asked, q_token, width, asking[:, None] & wide)
+        start = gradient + (row * num_queries * num_heads + head) * WIDTH
+        above = take(start, asked, num_heads * WIDTH, width, asking[:, None] & wide)
         sums, mean = tl.load(log_sum + place, mask=asking, other=0.0), tl.load(delta + place, mask=asking, other=0.0)
-        visible = find_visible(end, position, num_keys, asked + offset, seen, window, WINDOWED) & asking[:, None]
+        visible = asking[:, None] & find_visible(
+            end + row * num_keys, position + row * num_keys, num_keys, asked + offset, seen, window, WINDOWED
+        )
         score = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
         weight = tl.where(visible, tl.exp2(score - sums[:, None]), 0.0)
         found_value += tl.dot(tl.trans(weight).to(above.dtype), above, input_precision=PRECISION)

@@ -15,17 +15,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from koat.core.sequence import Sequence, supervise_from
 from koat.core.soft_prompt import has_soft_prompt
 from koat.forest.attend import MASKLESS, AttentionPlan, Kernel, find_windows
-from koat.forest.build import build_forest
 from koat.forest.grow import grow_forest
 from koat.forest.kernels import find_kernel, list_kernels, pick_cached
-from koat.forest.pack import RowCost
-from koat.forest.score import Layout, cut_sequences, estimate_row_cost, set_kernel, token_logprobs, unwrap
-from koat.forest.stream import stream_forest
+from koat.forest.probe import (
+    estimate_rounding,
+    make_probe,
+    measure_difference,
+    measure_slopes,
+    measure_stream,
+    single_logprobs,
+)
+from koat.forest.score import Layout, estimate_row_cost, make_padded, set_kernel, unwrap
 from koat.forest.twin import TWIN_WINDOW, make_twin
 
 TWIN_TOLERANCE = 2e-4
@@ -34,8 +39,6 @@ SLOPE_TOLERANCE = 1e-3
 """Largest relative difference of a gradient on the float32 twin."""
 COMPILED: tuple[Kernel, ...] = ("tree", "flex")
 """Kernels that each machine compiles for itself: that one way works there says nothing of the way back."""
-SEGMENT = 24
-"""Tokens of a segment when carrying keys and values is tried; shorter than the probe's longest sequences."""
 NOISE_FACTOR = 4.0
 FLOOR = 1e-4
 Measure = Callable[[nn.Module, ListLike[Sequence], Layout], float]
@@ -61,105 +64,9 @@ class Verification:
         return asdict(self)
 
 
-def make_probe(vocabulary: int, seed: int = 0, longest: int = 40) -> list[Sequence]:
-    """Return sequences that share prefixes in every way a forest knows: branches, a repeat, a stranger."""
-    rng = np.random.default_rng(seed)
-
-    def draw(length: int) -> tuple[int, ...]:
-        return tuple(int(token) for token in rng.integers(2, vocabulary, length))
-
-    trunk, limb = draw(longest // 2), draw(longest // 4)
-    bodies = [trunk + limb + draw(6), trunk + limb + draw(3), trunk + draw(longest // 2), draw(longest // 2 + 3)]
-    bodies.append(bodies[1])
-    return [Sequence(body, (False,) + (True,) * (len(body) - 1)) for body in bodies]
-
-
-@torch.no_grad()
-def single_logprobs(model: nn.Module, sequences: ListLike[Sequence]) -> list[Tensor]:
-    """Return each sequence's target log-probabilities from a plain pass of that sequence alone.
-
-    A soft prompt is put before it by PEFT's own forward pass.
-    """
-    results = []
-    device = next(model.parameters()).device
-    caller: Any = model if has_soft_prompt(model) else unwrap(model)
-    for sequence in sequences:
-        ids = torch.tensor([sequence.token_ids], device=device)
-        mask = {"attention_mask": torch.ones_like(ids)} if has_soft_prompt(model) else {}
-        logits = caller(input_ids=ids, use_cache=False, **mask).logits[0]
-        logprobs = logits[-len(sequence) :].float().log_softmax(-1)
-        at = torch.tensor(sequence.supervised, device=device).nonzero().squeeze(1)
-        results.append(logprobs[at - 1, ids[0, at]])
-    return results
-
-
-@torch.no_grad()
-def measure_difference(model: nn.Module, sequences: ListLike[Sequence], layout: Layout) -> float:
-    """Return the largest difference between a layout's log-probabilities and the single sequences'.
-
-    Rows of all lengths are made to share a micro-batch: some models compute a row by the longest beside it.
-    """
-    layout = replace(layout, cost=replace(layout.cost, start_up=1e9))
-    expected = single_logprobs(model, sequences)
-    check_finite(model, expected)
-    device = next(model.parameters()).device
-    worst = 0.0
-    for batch in cut_sequences(sequences, layout, token_budget=4096):
-        batch = batch.to(device)
-        found = token_logprobs(model, batch, layout)
-        for owner in torch.unique(batch.owner).tolist():
-            difference = float((found[batch.owner == owner] - expected[owner]).abs().max())
-            worst = max(worst, difference if np.isfinite(difference) else float("inf"))
-    return worst
-
-
-def check_finite(model: nn.Module, logprobs: ListLike[Tensor]) -> None:
-    """Raise ValueError where a model's own log-probabilities are not finite: nothing could be compared with them."""
-    if not all(bool(each.isfinite().all()) for each in logprobs):
-        raise ValueError(f"the model's own log-probabilities are no finite numbers in {unwrap(model).dtype}")
-
-
-@torch.no_grad()
-def measure_stream(model: nn.Module, sequences: ListLike[Sequence], layout: Layout) -> float:
-    """Return the same difference for a forest that is computed in short segments, keys and values carried along."""
-    expected = single_logprobs(model, sequences)
-    check_finite(model, expected)
-    found: list[list[float]] = [[] for _ in sequences]
-    for part in stream_forest(model, layout, build_forest(sequences), SEGMENT):
-        for owner, value in zip(part.owner.tolist(), part.logprobs.tolist(), strict=True):
-            found[owner].append(value)
-    pairs = (
-        pair for left, right in zip(expected, found, strict=True) for pair in zip(left.tolist(), right, strict=True)
-    )
-    return max(abs(a - b) if np.isfinite(b) else float("inf") for a, b in pairs)
-
-
 def trains(model: nn.Module) -> bool:
     """Whether some weight of a model wants a gradient."""
     return any(weight.requires_grad for weight in model.parameters())
-
-
-def measure_slopes(twin: nn.Module, sequences: ListLike[Sequence], layout: Layout) -> float:
-    """Return the relative difference that a layout makes to the gradient of a twin's input embeddings."""
-    weight = unwrap(twin).get_input_embeddings().weight
-    found = []
-    with torch.enable_grad():
-        for each in (layout, make_padded(layout.split_head)):
-            batches = (batch.to(weight.device) for batch in cut_sequences(sequences, each, token_budget=4096))
-            total = torch.stack([token_logprobs(twin, batch, each).sum() for batch in batches]).sum()
-            found.append(torch.autograd.grad(total, weight)[0])
-    mine, exact = found
-    difference = float((mine - exact).norm() / exact.norm())
-    return difference if np.isfinite(difference) else float("inf")
-
-
-def estimate_rounding(model: nn.Module, sequences: ListLike[Sequence]) -> float:
-    """Return what rounding alone may do to a log-probability in the model's own type.
-
-    A padded batch of short sequences can come out bit for bit like single ones and then says nothing of it.
-    """
-    largest = max(float(logprobs.abs().max()) for logprobs in single_logprobs(model, sequences))
-    return torch.finfo(unwrap(model).dtype).eps * largest
 
 
 def list_candidates(config: Any, kernel: Kernel) -> list[Layout]:
@@ -173,11 +80,6 @@ def list_candidates(config: Any, kernel: Kernel) -> list[Layout]:
     plans = [by_type, single] if getattr(config, "layer_types", None) else [single]
     heads = ((True, True), (True, False), (False, False))
     return [Layout(plan, cost, limit, split, narrow=narrow) for split, narrow in heads for plan in plans]
-
-
-def make_padded(split_head: bool = False) -> Layout:
-    """Return the layout without sharing: one sequence a row, right-padded, of similar lengths."""
-    return Layout(None, RowCost(0.0), 1, split_head)
 
 
 def _shrink_windows(layout: Layout) -> Layout:

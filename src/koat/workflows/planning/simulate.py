@@ -29,8 +29,8 @@ from koat.forest.kernels import find_kernel
 from koat.forest.pack import MicroBatch
 from koat.forest.pieces import Piece
 from koat.forest.root import has_cached_root, take_root
-from koat.forest.score import Layout, make_inputs, unwrap
-from koat.forest.verify import list_candidates, make_padded
+from koat.forest.score import Layout, make_inputs, make_padded, unwrap
+from koat.forest.verify import list_candidates
 from koat.forest.walk import Walk
 from koat.model import build_empty, pick_attention
 
