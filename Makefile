@@ -8,13 +8,19 @@ BENCH_STAMP := $(VENV)/.installed-bench
 # Two workers with a thread each: threads of two workers on two cores wait for one another.
 ONE_THREAD := OMP_NUM_THREADS=1
 
-.PHONY: demo test check check-style soak bench clean
+# What a processor computes is tested alike on every machine; `make gpu` has the tests that want a GPU.
+NO_GPU := CUDA_VISIBLE_DEVICES=
+
+.PHONY: demo test gpu check check-style soak bench clean
 
 demo: $(STAMP)
 	$(BIN)/koat demo
 
 test: $(STAMP)
-	$(ONE_THREAD) $(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(NO_GPU) $(ONE_THREAD) $(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+gpu: $(STAMP)
+	$(BIN)/python -m pytest -q tests/cuda tests/forest/test_tree.py tests/adapters/test_fused.py
 
 check: test check-style
 
@@ -24,7 +30,7 @@ check-style: $(STAMP)
 	$(BIN)/mypy
 
 soak: $(STAMP)
-	$(ONE_THREAD) $(BIN)/python -m pytest -q -m soak -n 2 --dist loadfile --timeout 3600
+	$(NO_GPU) $(ONE_THREAD) $(BIN)/python -m pytest -q -m soak -n 2 --dist loadfile --timeout 3600
 
 bench: $(BENCH_STAMP)
 	$(BIN)/python -m benchmarks.run_all

@@ -196,6 +196,20 @@ def test_a_kernel_whose_way_back_is_wrong_is_passed_over(preferred, kernels, mak
     assert verify_layout(model)[1].kernel == "sdpa"
 
 
+def test_the_way_back_is_tried_in_the_models_own_type_too(preferred, kernels, make_model, monkeypatch) -> None:
+    right = kernels.TreeAttention.backward
+
+    def spoil(ctx, *gradients):
+        found = right(ctx, *gradients)
+        return found if found[0].dtype == torch.float32 else (-found[0], *found[1:])
+
+    model = make_model("llama").to(DEVICE, torch.float16)
+    model.get_input_embeddings().weight.requires_grad_()
+    assert verify_layout(model)[1].kernel == "tree"
+    monkeypatch.setattr(kernels.TreeAttention, "backward", staticmethod(spoil))
+    assert verify_layout(model)[1].kernel == "sdpa"
+
+
 @pytest.mark.parametrize(
     ("device", "there", "expected"), [("cuda", True, "tree"), ("cuda", False, "sdpa"), ("mps", True, "sdpa")]
 )

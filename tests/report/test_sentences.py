@@ -75,6 +75,8 @@ def test_figures() -> None:
 def test_the_smallest_difference_and_the_conditions() -> None:
     assert say_smallest(FOUND) == "500 items would have shown a difference of 3.1 points (power 0.8)."
     assert "no difference at all" in say_smallest({**FOUND, "smallest": None})
+    lone = {**FOUND, "smallest": None, "num_items": 1}
+    assert say_smallest(lone) == "1 items are too few to show any difference."
     assert "koalpaca" in say_conditions(FOUND)
     assert say_conditions({**FOUND, "conditions": {}}) == ""
 

@@ -89,7 +89,8 @@ def test_plain_peft_loads_the_adapter_and_agrees(finished: Path, place: Path) ->
     ours = koat.load(finished).model
     with torch.no_grad():
         expected, base = plain(ids).logits, plain.get_base_model()(ids).logits
-        torch.testing.assert_close(ours(ids).logits, expected, rtol=1e-5, atol=1e-5)
+        found = ours(ids.to(ours.device)).logits.float().cpu()
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
         with plain.disable_adapter():
             assert not torch.allclose(plain(ids).logits, expected, atol=1e-3)
     assert torch.equal(base, expected)  # PEFT changes the layers in place

@@ -29,7 +29,7 @@ FILES = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config
 
 @torch.no_grad()
 def ask(model: Any, ids: torch.Tensor = IDS) -> torch.Tensor:
-    logits: torch.Tensor = model(input_ids=ids).logits.float()
+    logits: torch.Tensor = model(input_ids=ids.to(model.device)).logits.float().cpu()
     return logits
 
 

@@ -8,6 +8,7 @@ from math import ceil, floor, log10
 from typing import Any
 
 from koat.evaluation.differences import PHRASES
+from koat.evaluation.significance import FEW
 from koat.report.words import Language
 
 MILLION = 1_000_000
@@ -24,6 +25,7 @@ TEMPLATES: dict[Language, dict[str, str]] = {
         "seeds": ": the seeds spread too far for any number of items to tell; more seeds would be needed.",
         "none": ": they score the same.",
         "smallest": "{items} items would have shown a difference of {points} points (power 0.8).",
+        "few": "{items} items are too few to show any difference.",
         "blind": "{items} items could have shown no difference at all: the two hardly disagree.",
         "conditions": "They were asked under different conditions: {parts}.",
         "refused": "{left} and {right} are not ranked on {task}: {reasons}.",
@@ -39,6 +41,7 @@ TEMPLATES: dict[Language, dict[str, str]] = {
         "seeds": ": 시드에 따른 차이가 커서 문항을 늘려도 구별되지 않음. 시드가 더 필요함.",
         "none": ": 점수가 같음.",
         "smallest": "문항 {items}개로는 {points}점 이상의 차이를 볼 수 있음 (검정력 0.8).",
+        "few": "문항 {items}개는 어떤 차이를 보이기에도 너무 적음.",
         "blind": "문항 {items}개로는 어떤 차이도 볼 수 없음: 두 답이 거의 같음.",
         "conditions": "서로 다른 조건에서 물음: {parts}.",
         "refused": "{left} / {right}: {task}의 순위를 매기지 않음. {reasons}.",
@@ -107,7 +110,7 @@ def say_smallest(comparison: Mapping[str, Any], language: Language = "en") -> st
     """Return the smallest difference that the items could have shown."""
     words, items = TEMPLATES[language], f"{comparison['num_items']:,}"
     if comparison["smallest"] is None:
-        return words["blind"].format(items=items)
+        return words["few" if comparison["num_items"] < FEW else "blind"].format(items=items)
     return words["smallest"].format(items=items, points=format_points(comparison["smallest"]))
 
 

@@ -37,6 +37,11 @@ class Asking:
     chat_template: bool = False
     token_budget: int = 8192
 
+    def __post_init__(self) -> None:
+        """Raise ConfigError for a limit that leaves nothing to ask."""
+        if isinstance(self.limit, int) and self.limit < 1:
+            raise ConfigError(f"a limit of {self.limit} items leaves nothing to ask. Give --limit 1 or more, or `all`.")
+
     def to_mapping(self) -> dict[str, Any]:
         """Return what was said, under the names of the command line's options; what was left open is left out."""
         said = {
