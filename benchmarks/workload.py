@@ -67,8 +67,8 @@ def build_base(family: str, options: Options, precision: str = "float32", **shap
 
     `shape` overrides what the size says, by the names of the model's configuration.
 
-    Weights are drawn with a deviation of 0.045, about one over the root of the width, so that losses depend on
-    context: with the usual 0.02 they would not tell a wrong mask from a right one.
+    Weights are drawn with a deviation of 0.045 at width 512, about one over the root of the width, so that losses
+    depend on context: with the usual 0.02 they would not tell a wrong mask from a right one.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -81,7 +81,7 @@ def build_base(family: str, options: Options, precision: str = "float32", **shap
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "max_position_embeddings": 4096,
-        "initializer_range": 0.045,
+        "initializer_range": 0.045 * min(1.0, (512 / width) ** 0.5),
         "tie_word_embeddings": False,
         "pad_token_id": None,
         "bos_token_id": None,

@@ -108,8 +108,9 @@ def test_numbers_far_from_zero_stay_finite(kernels) -> None:
 @pytest.mark.parametrize("form", ["keeps input", "keeps output", "held"])
 def test_rescaling_takes_the_kernels(served, form) -> None:
     held = torch.arange(40, device=DEVICE) % 3 == 0 if form == "held" else None
-    activation, vector = draw(2, 75, 40, seed=0), 1 + 0.3 * draw(40, 1, seed=1)
-    upstream = draw(2, 75, 40, seed=2)
+    activation, vector = draw(2, 1075, 40, seed=0), 1 + 0.3 * draw(40, 1, seed=1)
+    vector[:4, 0] = torch.tensor([0.0, -0.0, 1e-30, -1e-3])
+    upstream = draw(2, 1075, 40, seed=2)
 
     def compute(activation, vector):
         if form == "keeps input":
@@ -124,6 +125,8 @@ def test_rescaling_takes_the_kernels(served, form) -> None:
     assert measure_error(value, expected) < 2e-6
     for found, wanted in zip(gradients, exact, strict=True):
         assert measure_error(found, wanted) < 2e-6
+    if held is not None:
+        assert not gradients[1][held].any() and gradients[1][~held].all()
 
 
 @pytest.mark.parametrize("gated", [True, False])

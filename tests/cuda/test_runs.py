@@ -23,7 +23,7 @@ METHODS = [
     ("prefix", {}, {}),
     ("prompt", {}, {}),
     ("p_tuning", {}, {}),
-    ("full", {}, {"learning_rate": 1e-4}),
+    ("full", {}, {"learning_rate": 1e-4, "precision": "float32"}),
     ("qlora", {}, {}),
     ("ia3", {"quantisation": "nf4"}, {}),
     ("ia3", {"quantisation": "8bit"}, {}),

@@ -16,7 +16,7 @@ from koat.forest import tree_kernels
 
 NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 FLOATS = {"vector", "sums", "log_sum", "delta"}
-INTEGERS = {"end", "position", "counts", "blocks"}
+INTEGERS = {"end": "i32", "position": "i32", "counts": "i32", "blocks": "i32", "held": "i1"}
 SCALARS = {"scale", "factor", "epsilon", "offset"}
 
 
@@ -32,7 +32,7 @@ def describe(kernel: Any, dtype: torch.dtype, constants: dict[str, Any]) -> ASTS
             signature[name] = "i32"
         else:
             strides = name.endswith(("_row", "_head", "_token"))
-            kind = "fp32" if name in FLOATS else "i32" if name in INTEGERS else NAMES[dtype]
+            kind = "fp32" if name in FLOATS else INTEGERS.get(name, NAMES[dtype])
             signature[name] = "i32" if strides else f"*{kind}"
             attributes[(number,)] = [["tt.divisibility", 16]]
     return ASTSource(kernel, signature, fixed, attributes)
@@ -40,11 +40,19 @@ def describe(kernel: Any, dtype: torch.dtype, constants: dict[str, Any]) -> ASTS
 
 def list_sources() -> Iterator[tuple[str, ASTSource, dict[str, int]]]:
     """Yield every kernel in the forms that models call."""
-    cut = {"ROWS": fused_kernels.ROWS, "STEP": fused_kernels.STEP, "COLUMNS": fused_kernels.COLUMNS}
+    cut = {
+        "PIECES": fused_kernels.PIECES,
+        "ROWS": fused_kernels.ROWS,
+        "STEP": fused_kernels.STEP,
+        "COLUMNS": fused_kernels.COLUMNS,
+    }
     for kind, gated in (("silu", True), ("gelu", False), ("gelu_tanh", True), ("relu", False), ("identity", False)):
         for kernel in (fused_kernels.rescale_kernel, fused_kernels.pull_back_kernel):
-            constants = {"KIND": kind, "GATED": gated, **cut}
+            held = kind == "identity"
+            constants = {"KIND": kind, "GATED": gated, "HELD": held, "DIVIDES": held, **cut}
             yield f"{kernel.__name__} {kind}", describe(kernel, torch.bfloat16, constants), {}
+    constants = {"HELD": True, "DIVIDES": True, **cut}
+    yield "add_up_kernel", describe(fused_kernels.add_up_kernel, torch.float32, constants), {}
     for width in (2048, 8192):
         constants = {"WIDTH": width, "PADDED": width}
         yield f"norm_kernel {width}", describe(fused_kernels.norm_kernel, torch.bfloat16, constants), {"num_warps": 4}

@@ -6,7 +6,8 @@ inner activation once to activate and once to rescale it, and five times on the 
 in passes that the frozen model makes anyway: what is left of IA3's price is one pass over keys and values each way.
 
 Numbers are float32 within a kernel, and rounded once. A column's sum over rows is taken in pieces of `ROWS` rows, and
-the pieces are summed by PyTorch: the same bits every time.
+the pieces are added up by a second kernel: the same bits every time. Between short products a GPU waits for the
+processor to launch its kernels, so there are as few as can be: one on the way out, two on the way back.
 """
 
 from __future__ import annotations
@@ -24,6 +25,10 @@ STEP = 8
 """Rows of it at a time."""
 COLUMNS = 256
 """Columns of a program: a warp reads 512 bytes of bfloat16 in a row."""
+PIECES = 32
+"""Sums that are added up at a time."""
+TINY = tl.constexpr(2.0**-60)
+"""What `koat.adapters.lean` adds to a vector that is divided by again."""
 
 
 @triton.jit
@@ -58,14 +63,26 @@ def differentiate(x, KIND: tl.constexpr):
         return tl.full(x.shape, 1.0, tl.float32)
 
 
+@triton.jit
+def read_scale(vector, held, column, width, HELD: tl.constexpr, DIVIDES: tl.constexpr):
+    """Return what some columns are multiplied by: one where held, and no zero where it must be divided by again."""
+    scale = tl.load(vector + column, mask=column < width, other=1.0).to(tl.float32)
+    if DIVIDES:
+        scale += TINY
+    if HELD:
+        scale = tl.where(tl.load(held + column, mask=column < width, other=0) != 0, 1.0, scale)
+    return scale
+
+
 @triton.jit(do_not_specialize=("num_rows",))
 def rescale_kernel(
-    gate, up, vector, out, num_rows, width,
-    KIND: tl.constexpr, GATED: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, COLUMNS: tl.constexpr,
+    gate, up, vector, held, out, num_rows, width,
+    KIND: tl.constexpr, GATED: tl.constexpr, HELD: tl.constexpr, DIVIDES: tl.constexpr,
+    ROWS: tl.constexpr, STEP: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Write `activate(gate) * up * vector` for `ROWS` rows of `COLUMNS` columns."""
+    """Write `activate(gate) * up * scale` for `ROWS` rows of `COLUMNS` columns."""
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    scale = tl.load(vector + column, mask=column < width, other=0.0).to(tl.float32)
+    scale = read_scale(vector, held, column, width, HELD, DIVIDES)
     for start in range(0, ROWS, STEP):
         row = tl.program_id(1) * ROWS + start + tl.arange(0, STEP)
         place = row[:, None].to(tl.int64) * width + column[None, :]
@@ -78,12 +95,13 @@ def rescale_kernel(
 
 @triton.jit(do_not_specialize=("num_rows",))
 def pull_back_kernel(
-    gradient, gate, up, vector, for_gate, for_up, sums, num_rows, width,
-    KIND: tl.constexpr, GATED: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, COLUMNS: tl.constexpr,
+    gradient, gate, up, vector, held, for_gate, for_up, sums, num_rows, width,
+    KIND: tl.constexpr, GATED: tl.constexpr, HELD: tl.constexpr, DIVIDES: tl.constexpr,
+    ROWS: tl.constexpr, STEP: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradients of gate and up for `ROWS` rows of `COLUMNS` columns, and this piece of the vector's."""
+    """Write the gradients of gate and up for `ROWS` rows of `COLUMNS` columns, and this piece of the vector's sums."""
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    scale = tl.load(vector + column, mask=column < width, other=0.0).to(tl.float32)
+    scale = read_scale(vector, held, column, width, HELD, DIVIDES)
     total = tl.zeros([STEP, COLUMNS], tl.float32)
     for start in range(0, ROWS, STEP):
         row = tl.program_id(1) * ROWS + start + tl.arange(0, STEP)
@@ -104,6 +122,26 @@ def pull_back_kernel(
     tl.store(sums + piece + column, tl.sum(total, axis=0), mask=column < width)
 
 
+@triton.jit(do_not_specialize=("num_pieces",))
+def add_up_kernel(
+    sums, vector, held, out, num_pieces, width,
+    HELD: tl.constexpr, DIVIDES: tl.constexpr, PIECES: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Write the vector's gradient: the pieces' sum, over the scale where products were summed, zero where held."""
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.zeros([PIECES, COLUMNS], tl.float32)
+    for start in range(0, num_pieces, PIECES):
+        piece = start + tl.arange(0, PIECES)
+        there = (piece < num_pieces)[:, None] & (column < width)[None, :]
+        total += tl.load(sums + piece[:, None].to(tl.int64) * width + column[None, :], mask=there, other=0.0)
+    found = tl.sum(total, axis=0)
+    if DIVIDES:
+        found = found / read_scale(vector, held, column, width, HELD, DIVIDES)
+    if HELD:
+        found = tl.where(tl.load(held + column, mask=column < width, other=0) != 0, 0.0, found)
+    tl.store(out + column, found.to(out.dtype.element_ty), mask=column < width)
+
+
 @triton.jit
 def norm_kernel(x, gradient, weight, out, epsilon, offset, WIDTH: tl.constexpr, PADDED: tl.constexpr):
     """Write the gradient of one row `x [d]` of an RMS norm: `(u - x (u . x) / l^2) / rms`, `u` the gradient times gain.
@@ -122,36 +160,52 @@ def norm_kernel(x, gradient, weight, out, epsilon, offset, WIDTH: tl.constexpr, 
     tl.store(out + place, found.to(out.dtype.element_ty), mask=there)
 
 
-def rescale(gate: Tensor, vector: Tensor, kind: str = "identity", up: Tensor | None = None) -> Tensor:
+def rescale(
+    gate: Tensor,
+    vector: Tensor,
+    kind: str = "identity",
+    up: Tensor | None = None,
+    held: Tensor | None = None,
+    divides: bool = False,
+) -> Tensor:
     """Return `activate(gate) * up * vector` in the type of `gate`.
 
-    `gate`, `up`: `[..., d]`, row after row; `vector`: d numbers in float32.
+    `gate`, `up`: `[..., d]`, row after row; `vector`: d numbers. Those that `held` `[d]` marks count as one; with
+    `divides` a zero counts as `TINY`.
     """
-    out = torch.empty_like(gate)
-    width = gate.shape[-1]
-    num_rows = gate.numel() // width
+    out, (num_rows, width), grid = torch.empty_like(gate), *_cut(gate)
     with torch.cuda.device_of(gate):
-        rescale_kernel[_cut(num_rows, width)](
-            gate, gate if up is None else up, vector, out, num_rows, width, kind, up is not None, ROWS, STEP, COLUMNS
-        )
+        rescale_kernel[grid](
+            gate, gate if up is None else up, vector, vector if held is None else held, out, num_rows, width,
+            kind, up is not None, held is not None, divides, ROWS, STEP, COLUMNS,
+        )  # fmt: skip
     return out
 
 
 def pull_back(
-    gradient: Tensor, gate: Tensor, vector: Tensor, kind: str = "identity", up: Tensor | None = None
+    gradient: Tensor,
+    gate: Tensor,
+    vector: Tensor,
+    kind: str = "identity",
+    up: Tensor | None = None,
+    held: Tensor | None = None,
+    divides: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Return the gradients of gate and up, and of the vector `[d]` in float32, from that `[..., d]` of the product."""
-    width = gate.shape[-1]
-    num_rows = gate.numel() // width
+    """Return the gradients of gate, up and the vector, from that `[..., d]` of the product.
+
+    With `divides` the product itself is given as `gate`.
+    """
     for_gate, for_up = torch.empty_like(gate), None if up is None else torch.empty_like(up)
-    grid = _cut(num_rows, width)
-    sums = torch.empty(grid[1], width, dtype=torch.float32, device=gate.device)
+    (num_rows, width), grid = _cut(gate)
+    sums, for_vector = torch.empty(grid[1], width, dtype=torch.float32, device=gate.device), torch.empty_like(vector)
+    marks, forms = vector if held is None else held, (held is not None, divides)
     with torch.cuda.device_of(gate):
         pull_back_kernel[grid](
-            gradient, gate, gate if up is None else up, vector, for_gate, for_gate if for_up is None else for_up, sums,
-            num_rows, width, kind, up is not None, ROWS, STEP, COLUMNS,
+            gradient, gate, gate if up is None else up, vector, marks, for_gate, for_gate if for_up is None else for_up,
+            sums, num_rows, width, kind, up is not None, *forms, ROWS, STEP, COLUMNS,
         )  # fmt: skip
-    return for_gate, for_up, sums.sum(0)
+        add_up_kernel[grid[:1]](sums, vector, marks, for_vector, grid[1], width, *forms, PIECES, COLUMNS)
+    return for_gate, for_up, for_vector
 
 
 def pull_back_norm(gradient: Tensor, x: Tensor, weight: Tensor, offset: float, epsilon: float) -> Tensor:
@@ -171,20 +225,40 @@ class RescaleActivated(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor | None, vector: Tensor, kind: str) -> Tensor:
-        """`gate` and `up` are `[..., d]`, `vector` has `d` numbers."""
+        """`gate` and `up` are `[..., d]`, `vector` has `d` numbers in any shape."""
         gate, up = gate.contiguous(), None if up is None else up.contiguous()
         ctx.save_for_backward(gate, up, vector)
         ctx.kind = kind
-        return rescale(gate, vector.flatten(), kind, up)
+        return rescale(gate, vector, kind, up)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of gate, up and the vector."""
         gate, up, vector = ctx.saved_tensors
-        for_gate, for_up, for_vector = pull_back(gradients[0].contiguous(), gate, vector.flatten(), ctx.kind, up)
-        return for_gate, for_up, for_vector.to(vector.dtype).view(vector.shape), None
+        return *pull_back(gradients[0].contiguous(), gate, vector, ctx.kind, up), None
 
 
-def _cut(num_rows: int, width: int) -> tuple[int, int]:
-    """Return how many programs stand side by side and below one another."""
-    return triton.cdiv(width, COLUMNS), triton.cdiv(num_rows, ROWS)
+class RescaleOutput(torch.autograd.Function):
+    """`activation * vector`; keeps the product and gets the activation back by division."""
+
+    @staticmethod
+    def forward(ctx: Any, activation: Tensor, vector: Tensor, held: Tensor | None) -> Tensor:
+        """`activation` is `[..., d]`, `vector` has `d` numbers in any shape; those that `held` marks count as one."""
+        product = rescale(activation.contiguous(), vector, held=held, divides=True)
+        ctx.save_for_backward(product, vector)
+        ctx.held = held
+        return product
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of the activation and of the vector."""
+        product, vector = ctx.saved_tensors
+        found, _, for_vector = pull_back(gradients[0].contiguous(), product, vector, held=ctx.held, divides=True)
+        return found, for_vector, None
+
+
+def _cut(gate: Tensor) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Return an activation's rows and columns, and how many programs stand side by side and below one another."""
+    width = gate.shape[-1]
+    num_rows = gate.numel() // width
+    return (num_rows, width), (triton.cdiv(width, COLUMNS), triton.cdiv(num_rows, ROWS))

@@ -10,7 +10,7 @@ The backward pass of `s * h` needs `h`. Three ways to have it then, from plain t
   model does, and computes `act(gate)`, which the frozen model keeps too, again.
 
 What is computed on the way is written where a result will stand: fresh memory costs more than a pass over it. On a
-GPU each of these is one kernel (`koat.adapters.fused`).
+GPU each of these is a function of one kernel each way (`koat.adapters.fused`).
 """
 
 from __future__ import annotations
@@ -37,17 +37,14 @@ def multiply(activation: Tensor, vector: Tensor, out: Tensor | None = None) -> T
     kernel that takes a short activation and a float32 vector is that of batch normalisation; with mean 0 and
     variance 1 it is this product, bit for bit, at a third of `torch.mul`'s time.
     """
-    fused = find_fused(activation) if out is None else None
-    if fused is not None:
-        product: Tensor = fused.rescale(activation.contiguous(), vector)
-        return product
     if not is_normalised_fast(activation):
         return torch.mul(activation, vector, out=make_room(activation) if out is None else out)
     width = len(vector)
     mean, variance, none = _make_neutral(width)
     rows, weight = activation.reshape(-1, width), vector.float()
     if out is None:
-        return torch.native_batch_norm(rows, weight, None, mean, variance, False, 0.0, 0.0)[0].view(activation.shape)
+        product = torch.native_batch_norm(rows, weight, None, mean, variance, False, 0.0, 0.0)[0]
+        return product.view(activation.shape)
     torch.native_batch_norm(rows, weight, None, mean, variance, False, 0.0, 0.0, out=(out.view(-1, width), none, none))
     return out
 
@@ -80,16 +77,6 @@ def sum_products(gradient: Tensor, activation: Tensor, vector: Tensor) -> Tensor
         gradient, activation, vector.float(), mean, variance, none, none, False, 0.0, wanted
     )[1]
     return sums
-
-
-def pull_back(gradient: Tensor, activation: Tensor, vector: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the gradients of `activation` and of the vector `[d]` that multiplied it, from that of the product."""
-    fused = find_fused(activation)
-    if fused is not None:
-        for_activation, _, for_vector = fused.pull_back(gradient, activation.contiguous(), vector)
-        return for_activation, for_vector
-    for_vector = sum_products(to_rows(gradient), to_rows(activation), vector)
-    return multiply(gradient, vector), for_vector
 
 
 def to_rows(activation: Tensor) -> Tensor:
@@ -127,8 +114,9 @@ class Rescale(torch.autograd.Function):
         activation, vector = ctx.saved_tensors
         if activation is None:
             return multiply(gradients[0].contiguous(), vector.flatten()), None
-        for_activation, for_vector = pull_back(gradients[0].contiguous(), activation, vector.flatten())
-        return for_activation, for_vector.to(vector.dtype).view(vector.shape)
+        gradient, flat = gradients[0].contiguous(), vector.flatten()
+        for_vector = sum_products(to_rows(gradient), to_rows(activation), flat)
+        return multiply(gradient, flat), for_vector.to(vector.dtype).view(vector.shape)
 
 
 class RescaleOutput(torch.autograd.Function):
@@ -152,11 +140,10 @@ class RescaleOutput(torch.autograd.Function):
         gradient = gradients[0].contiguous()
         if product is None:
             return multiply(gradient, divisor), None, None
-        for_activation, sums = pull_back(gradient, product, divisor)
-        for_vector = sums.div_(divisor).to(divisor.dtype)
+        for_vector = sum_products(to_rows(gradient), to_rows(product), divisor).div_(divisor).to(divisor.dtype)
         if ctx.held is not None:
             for_vector.masked_fill_(ctx.held, 0.0)
-        return for_activation, for_vector.view(ctx.shape), None
+        return multiply(gradient, divisor), for_vector.view(ctx.shape), None
 
 
 class RescaleActivated(torch.autograd.Function):
@@ -176,10 +163,10 @@ class RescaleActivated(torch.autograd.Function):
         """Return the gradients of the gate and of the vector."""
         gate, vector = ctx.saved_tensors
         for_gate = make_room(gate)
-        deactivate = rebuild(ctx.activate, gate, for_gate)
+        pull_back = rebuild(ctx.activate, gate, for_gate)
         gradient, flat = gradients[0].contiguous(), vector.flatten()
         for_vector = sum_products(to_rows(gradient), to_rows(for_gate), flat)
-        deactivate(multiply(gradient, flat, out=for_gate), for_gate)
+        pull_back(multiply(gradient, flat, out=for_gate), for_gate)
         return for_gate, for_vector.to(vector.dtype).view(vector.shape), None
 
 
@@ -207,11 +194,11 @@ class RescaleGated(torch.autograd.Function):
         gradient = gradients[0].contiguous()
         gate, kept, divisor = ctx.saved_tensors
         for_gate = make_room(gate)
-        deactivate = rebuild(ctx.activate, gate, for_gate)
+        pull_back = rebuild(ctx.activate, gate, for_gate)
         upstream = gradient * for_gate
         for_vector = sum_products(to_rows(upstream), to_rows(kept), divisor)
         torch.mul(gradient, kept if ctx.keeps_product else multiply(kept, divisor), out=for_gate)
-        deactivate(for_gate, for_gate)
+        pull_back(for_gate, for_gate)
         if ctx.keeps_product:
             for_vector = for_vector.div_(divisor)
         return for_gate, multiply(upstream, divisor, out=upstream), for_vector.to(divisor.dtype).view(ctx.shape), None
@@ -219,6 +206,10 @@ class RescaleGated(torch.autograd.Function):
 
 def rescale(activation: Tensor, vector: Tensor) -> Tensor:
     """Return `activation [..., d] * vector [d]` in the activation's type."""
+    fused = find_fused(activation)
+    if fused is not None:
+        product: Tensor = fused.RescaleActivated.apply(activation, None, vector, "identity")
+        return product
     scaled: Tensor = Rescale.apply(activation, vector)  # type: ignore[no-untyped-call]
     return scaled
 
@@ -230,7 +221,9 @@ def rescale_output(activation: Tensor, vector: Tensor, held: Tensor | None = Non
     In float16 the activation is kept instead. The result must not be changed in place.
     """
     if is_divisible(activation):
-        scaled: Tensor = RescaleOutput.apply(activation, vector, held)  # type: ignore[no-untyped-call]
+        fused = find_fused(activation)
+        form: Any = fused.RescaleOutput if fused else RescaleOutput
+        scaled: Tensor = form.apply(activation, vector, held)
         return scaled
     return rescale(activation, vector if held is None else vector.masked_fill(held.view_as(vector), 1.0))
 
