@@ -22,7 +22,7 @@ from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training, se
 from torch import Tensor
 
 from benchmarks.command import main
-from benchmarks.kept import measure_layer, run_layers
+from benchmarks.kept import draw_inputs, measure_layer, run_layers
 from benchmarks.measure import Check, Findings, Result, Table, check_equal, time_once
 from benchmarks.workload import SIZES, Absent, Options, build_base
 from koat.adapters.architectures import find_architecture
@@ -144,7 +144,7 @@ def wants_autocast(side: str, base: str) -> bool:
 
 def compute(model: Any, autocast: bool) -> tuple[Tensor, dict[str, Tensor]]:
     """Return a loss for each token and the adapter's gradients, after one pass over random numbers."""
-    hidden = run_layers(model, SHORT.length, SHORT.rows, autocast=autocast)
+    hidden = run_layers(model, draw_inputs(model, SHORT.length, SHORT.rows), autocast=autocast)
     direction = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1)).to(hidden.device)
     losses = (hidden.float() * direction).sum(-1)
     losses.sum().backward()
@@ -209,11 +209,13 @@ def time_steps(name: str, base: str, work: Work, options: Options) -> tuple[dict
     models = {side: wrap(build(name, base, options, NUM_LAYERS)) for side, wrap in make_sides().items()}
     for model in models.values():
         randomise(model, options.seed)
-    direction = torch.randn(work.rows, work.length, SIZES[options.size][0]).to(options.device)
+    drawn = torch.randn(work.rows, work.length, SIZES[options.size][0]).to(options.device)
+    direction = functools.cache(drawn.to)
+    inputs = {side: draw_inputs(model, work.length, work.rows) for side, model in models.items()}
 
     def step(side: str) -> None:
-        hidden = run_layers(models[side], work.length, work.rows, autocast=wants_autocast(side, base))
-        hidden.backward(direction.to(hidden.dtype))
+        hidden = run_layers(models[side], inputs[side], autocast=wants_autocast(side, base))
+        hidden.backward(direction(hidden.dtype))
 
     seconds: dict[str, list[float]] = {side: [] for side in models}
     order, shuffle = list(models), random.Random(options.seed).shuffle

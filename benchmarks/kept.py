@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from koat.forest.score import unwrap
+
 DEPTHS = (2, 4)
 LENGTH = 128
 
@@ -36,15 +38,19 @@ def count_kept_bytes(model: nn.Module, run: Callable[[], Any]) -> int:
     return total
 
 
-def run_layers(model: Any, length: int = LENGTH, rows: int = 1, *, autocast: bool = False) -> Tensor:
-    """Run a causal model's layers on random numbers that want a gradient; return hidden states `[rows, length, d]`.
+def draw_inputs(model: Any, length: int = LENGTH, rows: int = 1) -> Tensor:
+    """Return random numbers `[rows, length, d]` in the place of embedded tokens, in a model's own type."""
+    causal = unwrap(model)
+    drawn = torch.randn(rows, length, causal.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    return drawn.to(causal.device, causal.dtype)
+
+
+def run_layers(model: Any, inputs: Tensor, *, autocast: bool = False) -> Tensor:
+    """Run a causal model's layers on `inputs [R, L, d]`, which want a gradient here; return hidden states `[R, L, d]`.
 
     With such inputs every layer, the first as well, has activation gradients to compute, whatever is trained.
     """
-    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-    generator = torch.Generator().manual_seed(0)
-    inputs = torch.randn(rows, length, causal.config.hidden_size, generator=generator)
-    inputs = inputs.to(causal.device, causal.dtype).requires_grad_()
+    causal, inputs = unwrap(model), inputs.detach().requires_grad_()
     with torch.autocast(causal.device.type, torch.bfloat16, enabled=autocast):
         hidden: Tensor = causal.base_model(inputs_embeds=inputs, use_cache=False).last_hidden_state
     return hidden
@@ -55,6 +61,6 @@ def measure_layer(build: Callable[[int], Any], length: int = LENGTH, *, autocast
     counted = []
     for depth in DEPTHS:
         model = build(depth)
-        run = functools.partial(run_layers, model, length, autocast=autocast)
+        run = functools.partial(run_layers, model, draw_inputs(model, length), autocast=autocast)
         counted.append(count_kept_bytes(model, run))
     return (counted[1] - counted[0]) / (DEPTHS[1] - DEPTHS[0]) / length

@@ -23,12 +23,11 @@ from torch import Tensor
 
 from benchmarks.command import main
 from benchmarks.ia3 import PEER, STEP_MARK, compare_with_peft, make_sides, randomise
-from benchmarks.kept import run_layers
+from benchmarks.kept import draw_inputs, run_layers
 from benchmarks.measure import Findings, Result, Table, time_once
 from benchmarks.workload import Absent, Options, build_base
 from koat.adapters.attach import attach_adapter
 from koat.adapters.methods import LoraSettings
-from koat.forest.score import unwrap
 
 SIZES = ("1.3b", "5.8b")
 BILLIONS = {"llama": ("1.3b",), "gpt_neox": SIZES}
@@ -76,10 +75,10 @@ def attach_lora(base: Any, settings: LoraSettings) -> Any:
     return attach_adapter(base, settings.model_copy(update={"targets": targets}))
 
 
-def run_step(model: Any, rows: int, length: int, direction: Tensor) -> None:
+def run_step(model: Any, inputs: Tensor, direction: Tensor) -> None:
     """Run a model's layers forward and backward."""
     model.zero_grad(set_to_none=True)
-    run_layers(model, length, rows).backward(direction)
+    run_layers(model, inputs).backward(direction)
 
 
 def measure_peak(work: Callable[[], None], device: torch.device) -> int:
@@ -94,13 +93,13 @@ def measure_peak(work: Callable[[], None], device: torch.device) -> int:
 
 def measure_sides(sides: dict[str, Side], rows: int, length: int, options: Options) -> None:
     """Time every side's steps, in an order drawn anew each round, and take their peaks."""
-    width = unwrap(sides[OURS].model).config.hidden_size
-    direction = torch.randn(rows, length, width).to(options.device, torch.bfloat16)
+    inputs = draw_inputs(sides[OURS].model, length, rows)
+    direction = torch.randn(inputs.shape).to(inputs)
     order, shuffle = list(sides), random.Random(options.seed).shuffle
     for turn in range((options.asked_rounds or NUM_ROUNDS) + 1):
         shuffle(order)
         for name in order:
-            work = functools.partial(run_step, sides[name].model, rows, length, direction)
+            work = functools.partial(run_step, sides[name].model, inputs, direction)
             spent = [time_once(work, options.device) for _ in range(NUM_STEPS)]
             if turn:
                 sides[name].seconds.append(median(spent[1:]))
