@@ -83,7 +83,7 @@ def accumulate_gradients(
     objective = make_objective(sequences, share_examples(sequences, accelerator), settings)
     answers, lengths = objective.sequences, list(map(len, objective.sequences))
     batches = list(cut_sequences(answers, layout, settings.tokens_per_microbatch, settings.max_row_length))
-    loss_sum, slope = torch.zeros((), dtype=torch.float64), None
+    loss_sum, slope, losses = torch.zeros((), dtype=torch.float64), None, []
 
     def run(batch: MicroBatch) -> Tensor:
         with accelerator.autocast(), add_noise(model, settings.noise, batch, lengths):
@@ -100,7 +100,9 @@ def accumulate_gradients(
             loss_sum += value
         loss = objective.measure(logprobs, batch.owner, slope)
         loss.backward()  # type: ignore[no-untyped-call]
-        loss_sum += loss.detach().cpu().double()
+        losses.append(loss.detach())
+    # Read at the end: a GPU that is asked for each loss waits while the next micro-batch is made ready.
+    loss_sum = sum((each.cpu().double() for each in losses), loss_sum)
     num_tokens = sum(batch.num_tokens for batch in batches)
     if accelerator.num_processes > 1:
         loss_sum, num_tokens = sum_over_processes(model, loss_sum, num_tokens, accelerator)

@@ -12,7 +12,17 @@ import torch
 
 from koat.core.fingerprint import fingerprint_file
 
-PACKAGES = ("koat", "torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors", "bitsandbytes")
+PACKAGES = (
+    "koat",
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "tokenizers",
+    "safetensors",
+    "bitsandbytes",
+    "triton",
+)
 
 
 def describe_versions() -> dict[str, str]:
