@@ -153,6 +153,17 @@ def test_dropout_on_attention_falls_back_on_dense_masks() -> None:
     torch.testing.assert_close(found, attend_densely(heads, heads, heads, mask, 0.25), atol=1e-5, rtol=1e-5)
 
 
+def test_autocast_chooses_the_type(kernels) -> None:
+    batch = draw_rows()
+    heads = torch.randn(2, 2, batch.position.shape[1], 16, device=DEVICE)
+    tree = Tree.plant(batch.position, batch.subtree_end)
+    with torch.autocast(DEVICE, torch.float16):
+        found, _ = attend_tree(torch.nn.Module(), heads, heads, heads, None, tree=tree)
+    mask = make_visible(batch.position, batch.subtree_end)
+    assert found.dtype == torch.float16
+    torch.testing.assert_close(found.float(), attend_densely(heads, heads, heads, mask, 0.25), atol=5e-3, rtol=5e-3)
+
+
 # ------------------------------------------------------------------------------------------------ models
 
 
