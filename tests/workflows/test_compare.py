@@ -14,6 +14,7 @@ from scipy import stats
 
 import koat
 from koat.core.config_files import dump_yaml
+from koat.core.json_lines import read_lines
 from koat.workflows.comparing.compare import compare_targets
 from tests.tiny_base import call_koat
 from tests.workflows.scored_folders import make_answers, write_run, write_scores
@@ -292,6 +293,12 @@ def test_no_items_in_common(tmp_path: Path) -> None:
     assert "other items, none of them in common" in error
     fewer = write_scores(tmp_path / "c", dict(list(BETTER.items())[:100]))
     with pytest.raises(koat.DataError, match="300 against 100: other items, 100 of them in common"):
+        compare(tmp_path / "a", fewer)
+    # Rows of another file, under the same numbers.
+    path = fewer / "reviews.jsonl"
+    rows = [{**row, "text": f"another file's {row['id']}"} for row in read_lines(path)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    with pytest.raises(koat.DataError, match="other items, none of them in common"):
         compare(tmp_path / "a", fewer)
 
 

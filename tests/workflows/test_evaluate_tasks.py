@@ -176,6 +176,7 @@ def test_the_leaderboard_runs_on_local_files(tmp_path: Path) -> None:
         (["--task", "context-qa", "--data", "{files}/words.jsonl"], "context"),
         (["--task", "nsmc-prompt1", "--data", "{files}/qa.json", "--apply-chat-template"], "for lm-eval's tasks"),
         (["--task", "local_arc_easy", "--data-dir", "{files}", "--apply-chat-template"], "has no chat template"),
+        (["--task", "local_arc_easy", "--data-dir", "{files}", "--limit", "0"], "a limit of 0 items leaves nothing"),
         (["--task", "own_words", "--include-path", "{files}/none"], "there is no such folder"),
     ],
 )

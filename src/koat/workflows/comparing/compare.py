@@ -151,7 +151,9 @@ def _sort_scores(subject: Subject) -> dict[str, dict[str, list[Scored]]]:
 def _refuse(left: str, mine: Scored, right: str, other: Scored) -> dict[str, Any]:
     reasons = explain_differences(mine.contract.parts, other.contract.parts)
     if "items" in reasons and mine.predictions and other.predictions:
-        num_common = len(mine.predictions.keys() & other.predictions.keys())
+        ours, theirs = mine.predictions, other.predictions
+        # Rows of two files may have the same numbers and nothing else in common.
+        num_common = sum(ours[name].get("text") == theirs[name].get("text") for name in ours.keys() & theirs.keys())
         reasons["items"] += f", {num_common or 'none'} of them in common"
     scoring = mine.scoring if mine.scoring == other.scoring else f"{mine.scoring} / {other.scoring}"
     return {
