@@ -101,6 +101,17 @@ def _try_layout(
         return float("inf"), f"{type(error).__name__}: {error}"
 
 
+def _try_twin(twin: Any, probe: ListLike[Sequence], layout: Layout, model: nn.Module) -> tuple[float, str]:
+    """Return the difference that a layout makes on a model's twin, and what is wrong with it; nothing if all is well."""
+    shrunk = _shrink_windows(layout)
+    difference, reason = _try_layout(twin, probe, shrunk)
+    if difference > TWIN_TOLERANCE:
+        return difference, reason or f"log-probabilities differ by {difference:.2g} on a float32 twin"
+    if shrunk.plan is not None and shrunk.plan.kernel in COMPILED and trains(model):
+        reason = _find_wrong_slopes(twin, probe, shrunk, unwrap(model).dtype)
+    return difference, reason
+
+
 def _find_wrong_slopes(twin: Any, probe: ListLike[Sequence], layout: Layout, dtype: torch.dtype) -> str:
     """Return what is wrong with gradients on a twin, in float32 and in the model's own type; nothing if all is well."""
     try:
@@ -144,15 +155,10 @@ def _verify(model: nn.Module, kernels: list[Kernel]) -> tuple[Layout, Verificati
         assert layout.plan is not None
         for each in (twin, causal):  # single sequences too: a kernel that cannot run here is no reference either
             set_kernel(each, layout.plan.kernel)
-        twin_difference, reason = _try_layout(twin, probe, _shrink_windows(layout))
-        if twin_difference > TWIN_TOLERANCE:
-            reasons.append(reason or f"log-probabilities differ by {twin_difference:.2g} on a float32 twin")
+        twin_difference, reason = _try_twin(twin, probe, layout, model)
+        if reason:
+            reasons.append(reason)
             continue
-        if layout.plan.kernel in COMPILED and trains(model):
-            reason = _find_wrong_slopes(twin, probe, _shrink_windows(layout), causal.dtype)
-            if reason:
-                reasons.append(reason)
-                continue
         real = make_probe(causal.get_output_embeddings().weight.shape[0], seed=1)
         noise, _ = _try_layout(model, real, make_padded(layout.split_head))
         # A padded batch that cannot run says nothing of what may differ.
