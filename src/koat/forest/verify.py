@@ -102,7 +102,7 @@ def _try_layout(
 
 
 def _try_twin(twin: Any, probe: ListLike[Sequence], layout: Layout, model: nn.Module) -> tuple[float, str]:
-    """Return the difference that a layout makes on a model's twin, and what is wrong with it; nothing if all is well."""
+    """Return the difference that a layout makes on a twin, and what is wrong with it; nothing if all is well."""
     shrunk = _shrink_windows(layout)
     difference, reason = _try_layout(twin, probe, shrunk)
     if difference > TWIN_TOLERANCE:
