@@ -26,7 +26,7 @@ from benchmarks.ia3 import PEER, STEP_MARK, compare_with_peft, make_sides, rando
 from benchmarks.kept import draw_inputs, run_layers
 from benchmarks.measure import Findings, Result, Table, time_once
 from benchmarks.workload import Absent, Options, build_base
-from koat.adapters.attach import attach_adapter
+from koat.adapters.attach import attach_adapter, count_trainable
 from koat.adapters.methods import LoraSettings
 
 SIZES = ("1.3b", "5.8b")
@@ -48,8 +48,8 @@ class Side:
 
     @property
     def num_trained(self) -> int:
-        """Numbers that are trained."""
-        return sum(weight.numel() for weight in self.model.parameters() if weight.requires_grad)
+        """Numbers that are trained; entries that koat holds at one are not."""
+        return count_trainable(self.model)
 
 
 def share_weights(base: Any) -> Any:

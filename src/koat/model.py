@@ -166,7 +166,7 @@ def _check_complete(settings: ModelSettings, missing: Collection[str]) -> None:
 def pick_attention(attention: str, config: Any) -> str | None:
     """Return the attention implementation for transformers, None for the family's own default.
 
-    SDPA, the default of Gemma 2, leaves caps on scores out without a word. FlexAttention knows no dropout.
+    SDPA, the default of Gemma 2, leaves caps on scores out without a word.
     """
     if attention == "auto":
         return "eager" if getattr(config, "attn_logit_softcapping", None) is not None else None

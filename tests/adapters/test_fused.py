@@ -144,6 +144,31 @@ def test_blocks_keep_what_the_activation_took_and_no_product(served, gated) -> N
     assert set(kept) == {tensor.data_ptr() for tensor in (leaves if gated else (gate, vector))}
 
 
+@pytest.mark.parametrize("form", ["keeps input", "keeps output"])
+def test_nothing_is_kept_for_a_vector_that_is_not_trained(served, form) -> None:
+    activation, vector = draw(2, 9, 40, seed=0).requires_grad_(), 1 + 0.3 * draw(40, 1, seed=1)
+    kept: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.numel()) or tensor, lambda t: t):
+        scaled = (lean.rescale if form == "keeps input" else lean.rescale_output)(activation, vector)
+    assert set(kept) == {40}
+    scaled.sum().backward()
+    torch.testing.assert_close(activation.grad, vector.flatten().expand(2, 9, 40))
+
+
+def test_kernels_are_tried_before_they_serve(kernels, monkeypatch, caplog) -> None:
+    device = torch.device(DEVICE)
+    for dtype in TOLERANCES:
+        assert fused.measure_kernels(kernels, device, dtype) < fused.TOLERANCE / 3
+    fused._load_kernels.cache_clear()
+    right = kernels.pull_back
+    monkeypatch.setattr(kernels, "pull_back", lambda *given: (-right(*given)[0], *right(*given)[1:]))
+    assert fused._load_kernels(device, torch.float32) is None
+    assert "those compiled here are off by 2" in caplog.text
+    fused._load_kernels.cache_clear()
+    monkeypatch.undo()
+    assert fused._load_kernels(device, torch.float32) is kernels
+
+
 def test_an_activation_function_without_a_kernel_is_computed_otherwise(served) -> None:
     gate, vector = draw(2, 9, 40, seed=0), draw(40, seed=2)
     activate = ACT2FN["relu2"]

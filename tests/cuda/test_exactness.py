@@ -97,6 +97,7 @@ def test_gradients_are_a_processors(make_model, make_sequences, score_singly, ra
     there = put_on_gpu_attached(copy.deepcopy(model))
     causal_only = method not in {"prompt", "p_tuning", "prefix"}
     layout, found = verify_layout(there)
+    assert found.kernel == ("sdpa" if method == "prefix" else "tree"), found.reason
     there.train()
     loss = -score_with_grad(there, layout, sequences)
     loss.backward()

@@ -54,16 +54,23 @@ def list_sources() -> Iterator[tuple[str, ASTSource, dict[str, int]]]:
     constants = {"HELD": True, "DIVIDES": True, **cut}
     yield "add_up_kernel", describe(fused_kernels.add_up_kernel, torch.float32, constants), {}
     for width in (2048, 8192):
-        constants = {"WIDTH": width, "PADDED": width}
-        yield f"norm_kernel {width}", describe(fused_kernels.norm_kernel, torch.bfloat16, constants), {"num_warps": 4}
+        constants, options = {"WIDTH": width, "PADDED": width}, {"num_warps": fused_kernels.count_warps(width)}
+        yield f"norm_kernel {width}", describe(fused_kernels.norm_kernel, torch.bfloat16, constants), options
     for dtype in NAMES:
         for width in (64, 128, 256):
-            shape = tree_kernels.pick_shape(width, dtype)
-            constants = {"WIDTH": width, "PADDED": width, "M": shape.num_queries, "N": shape.num_keys}
-            constants |= {"WINDOWED": width == 64, "PRECISION": "ieee" if dtype == torch.float32 else "tf32"}
-            options = {"num_warps": shape.num_warps, "num_stages": shape.num_stages}
-            for name in ("attend_kernel", "pull_back_queries_kernel", "pull_back_keys_kernel"):
-                yield f"{name} {dtype} {width}", describe(getattr(tree_kernels, name), dtype, constants), options
+            yield from list_attention(dtype, width, windowed=width == 64)
+    yield from list_attention(torch.bfloat16, 80, windowed=True)
+
+
+def list_attention(dtype: torch.dtype, width: int, windowed: bool) -> Iterator[tuple[str, ASTSource, dict[str, int]]]:
+    """Yield the three kernels of attention for a type and a width of heads."""
+    shape = tree_kernels.pick_shape(width, dtype)
+    padded = triton.next_power_of_2(width)
+    constants = {"WIDTH": width, "PADDED": padded, "M": shape.num_queries, "N": shape.num_keys}
+    constants |= {"WINDOWED": windowed, "PRECISION": "ieee" if dtype == torch.float32 else "tf32"}
+    options = {"num_warps": shape.num_warps, "num_stages": shape.num_stages}
+    for name in ("attend_kernel", "pull_back_queries_kernel", "pull_back_keys_kernel"):
+        yield f"{name} {dtype} {width}", describe(getattr(tree_kernels, name), dtype, constants), options
 
 
 if __name__ == "__main__":

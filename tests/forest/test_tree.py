@@ -23,7 +23,7 @@ from koat.forest.pack import collate_rows
 from koat.forest.probe import measure_slopes
 from koat.forest.score import cut_sequences, set_kernel, sum_by_owner, token_logprobs
 from koat.forest.stream import score_forest
-from koat.forest.tree import Tree, attend_tree
+from koat.forest.tree import Tree, attend_tree, measure_tree
 from koat.forest.verify import verify_layout
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -141,6 +141,8 @@ def test_what_kernels_do_not_compute_is_refused(kernels) -> None:
     tree = Tree.plant(batch.position, batch.subtree_end)
     with pytest.raises(NotImplementedError, match="knows no softcap"):
         attend_tree(torch.nn.Module(), heads, heads, heads, None, tree=tree, softcap=3.0)
+    with pytest.raises(NotImplementedError, match="values of 8 for 16 numbers"):
+        attend_tree(torch.nn.Module(), heads, heads, heads[..., :8], None, tree=tree)
 
 
 def test_dropout_on_attention_falls_back_on_dense_masks() -> None:
@@ -207,18 +209,30 @@ def test_a_kernel_whose_way_back_is_wrong_is_passed_over(preferred, kernels, mak
     assert verify_layout(model)[1].kernel == "sdpa"
 
 
-def test_the_way_back_is_tried_in_the_models_own_type_too(preferred, kernels, make_model, monkeypatch) -> None:
+@pytest.mark.parametrize("spoilt", [(0,), (1,), (0, 1), (2,)])
+def test_the_way_back_is_tried_in_the_type_that_is_trained_in_too(
+    preferred, kernels, make_model, monkeypatch, caplog, spoilt
+) -> None:
     right = kernels.TreeAttention.backward
 
     def spoil(ctx, *gradients):
         found = right(ctx, *gradients)
-        return found if found[0].dtype == torch.float32 else (*(-each for each in found[:3]), *found[3:])
+        if found[0].dtype == torch.float32:
+            return found
+        return tuple(-each if number in spoilt else each for number, each in enumerate(found))
 
-    model = make_model("llama").to(DEVICE, torch.float16)
+    monkeypatch.setattr(kernels.TreeAttention, "backward", staticmethod(spoil))
+    model = make_model("llama").to(DEVICE)
     model.get_input_embeddings().weight.requires_grad_()
     assert verify_layout(model)[1].kernel == "tree"
-    monkeypatch.setattr(kernels.TreeAttention, "backward", staticmethod(spoil))
-    assert verify_layout(model)[1].kernel == "sdpa"
+    assert verify_layout(model, compute=torch.float16)[1].kernel == "sdpa"
+    assert "tree attention in torch.float16 differs by" in caplog.text
+
+
+@pytest.mark.parametrize("window", [None, 9])
+def test_right_kernels_are_near_their_formula(kernels, window) -> None:
+    assert measure_tree(16, torch.float32, torch.device(DEVICE), window) < 1e-5
+    assert measure_tree(64, torch.float16, torch.device(DEVICE), window) < 5e-3
 
 
 @pytest.mark.parametrize(
@@ -249,5 +263,5 @@ def test_kernels_compile_for_gpus_that_are_not_here(capability) -> None:
     )
     assert done.returncode == 0, done.stderr
     sizes = [int(line.split()[-1]) for line in done.stdout.splitlines()]
-    assert len(sizes) == 31
+    assert len(sizes) == 34
     assert max(sizes) <= {80: 163, 86: 99, 89: 99, 90: 227}[capability] * 1024

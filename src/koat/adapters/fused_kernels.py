@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 ROWS = 64
 """Rows of a program."""
@@ -215,9 +216,14 @@ def pull_back_norm(gradient: Tensor, x: Tensor, weight: Tensor, offset: float, e
     padded = triton.next_power_of_2(width)
     with torch.cuda.device_of(x):
         norm_kernel[(x.numel() // width,)](
-            x, gradient, weight, out, epsilon, offset, width, padded, num_warps=min(16, max(1, padded // 512))
+            x, gradient, weight, out, epsilon, offset, width, padded, num_warps=count_warps(padded)
         )
     return out
+
+
+def count_warps(padded: int) -> int:
+    """Return the warps that share a row of `padded` numbers."""
+    return min(16, max(1, padded // 512))
 
 
 class RescaleActivated(torch.autograd.Function):
@@ -227,14 +233,18 @@ class RescaleActivated(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor | None, vector: Tensor, kind: str) -> Tensor:
         """`gate` and `up` are `[..., d]`, `vector` has `d` numbers in any shape."""
         gate, up = gate.contiguous(), None if up is None else up.contiguous()
-        ctx.save_for_backward(gate, up, vector)
+        is_plain = kind == "identity" and up is None and not vector.requires_grad
+        ctx.save_for_backward(None if is_plain else gate, up, vector)
         ctx.kind = kind
         return rescale(gate, vector, kind, up)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of gate, up and the vector."""
         gate, up, vector = ctx.saved_tensors
+        if gate is None:
+            return rescale(gradients[0].contiguous(), vector), None, None, None
         return *pull_back(gradients[0].contiguous(), gate, vector, ctx.kind, up), None
 
 
@@ -245,14 +255,17 @@ class RescaleOutput(torch.autograd.Function):
     def forward(ctx: Any, activation: Tensor, vector: Tensor, held: Tensor | None) -> Tensor:
         """`activation` is `[..., d]`, `vector` has `d` numbers in any shape; those that `held` marks count as one."""
         product = rescale(activation.contiguous(), vector, held=held, divides=True)
-        ctx.save_for_backward(product, vector)
+        ctx.save_for_backward(product if vector.requires_grad else None, vector)
         ctx.held = held
         return product
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of the activation and of the vector."""
         product, vector = ctx.saved_tensors
+        if product is None:
+            return rescale(gradients[0].contiguous(), vector, held=ctx.held, divides=True), None, None
         found, _, for_vector = pull_back(gradients[0].contiguous(), product, vector, held=ctx.held, divides=True)
         return found, for_vector, None
 

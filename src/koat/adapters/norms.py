@@ -31,16 +31,15 @@ class NormRows(torch.autograd.Function):
     ) -> Tensor:
         """`x` is `[..., d]`, the gain `weight + offset` `[d]`."""
         ctx.save_for_backward(x, weight)
-        ctx.offset, ctx.epsilon = offset, epsilon
+        ctx.offset, ctx.epsilon, ctx.fused = offset, epsilon, find_fused(x)
         return compute(x)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradient of `x`."""
         x, weight = ctx.saved_tensors
-        fused = find_fused(x)
-        if fused is not None:
-            return fused.pull_back_norm(gradients[0], x, weight, ctx.offset, ctx.epsilon), None, None, None, None
+        if ctx.fused is not None:
+            return ctx.fused.pull_back_norm(gradients[0], x, weight, ctx.offset, ctx.epsilon), None, None, None, None
         wide, width = torch.promote_types(x.dtype, torch.float32), len(weight)
         gain = (weight.to(wide) + ctx.offset) * width**0.5
         num_rows = count_rows(x)

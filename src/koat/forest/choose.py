@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 from torch import nn
 
 from koat.core.errors import ConfigError
@@ -12,12 +13,15 @@ from koat.forest.score import Layout, make_padded
 from koat.forest.verify import Verification, verify_layout
 
 
-def choose_layout(model: nn.Module, settings: ModelSettings) -> tuple[Layout, Verification]:
+def choose_layout(
+    model: nn.Module, settings: ModelSettings, compute: torch.dtype | None = None
+) -> tuple[Layout, Verification]:
     """Verify the model and return the layout to use; `padded` is taken at its word.
 
-    Raises ConfigError where `forest` was asked for and cannot be.
+    `compute` is the type that training computes in, where it is not the model's own. Raises ConfigError where `forest`
+    was asked for and cannot be.
     """
-    layout, verification = verify_layout(model, settings.attention)
+    layout, verification = verify_layout(model, settings.attention, compute)
     if settings.layout == "padded" and layout.shares:
         padded = make_padded(verification.split_head)
         return padded, replace(verification, shares=False, streams=False, reason="model.layout=padded")

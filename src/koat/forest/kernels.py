@@ -35,9 +35,14 @@ def list_kernels(model: nn.Module, wanted: str) -> list[Kernel]:
         return ["eager" if kernel == "eager" else "sdpa"]
     if kernel == "eager":
         return ["eager"]
-    own: dict[str, Kernel] = {"cpu": "walk", "cuda": "tree" if has_triton() else "sdpa"}
-    first = "sdpa" if wanted == "sdpa" else own.get(causal.device.type, "sdpa")
+    first = "sdpa" if wanted == "sdpa" else pick_own(causal.device.type)
     return [first] if first == "sdpa" else [first, "sdpa"]
+
+
+def pick_own(device: str) -> Kernel:
+    """Return koat's own kernel for a kind of device, SDPA where there is none."""
+    own: dict[str, Kernel] = {"cpu": "walk", "cuda": "tree" if has_triton() else "sdpa"}
+    return own.get(device, "sdpa")
 
 
 def pick_cached(causal: Any, kernel: Kernel) -> Kernel:

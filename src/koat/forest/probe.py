@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from koat.core.sequence import Sequence
 from koat.core.soft_prompt import has_soft_prompt
 from koat.forest.build import build_forest
-from koat.forest.score import Layout, cut_sequences, make_padded, token_logprobs, unwrap
+from koat.forest.kernels import pick_dense
+from koat.forest.score import Layout, cut_sequences, make_padded, set_kernel, token_logprobs, unwrap
 from koat.forest.stream import stream_forest
 
 SEGMENT = 24
@@ -94,15 +95,20 @@ def measure_stream(model: nn.Module, sequences: ListLike[Sequence], layout: Layo
 
 
 def measure_slopes(twin: nn.Module, sequences: ListLike[Sequence], layout: Layout) -> float:
-    """Return the relative difference that a layout makes to the gradient of a twin's input embeddings."""
-    weight = unwrap(twin).get_input_embeddings().weight
-    found = []
+    """Return the relative difference that a layout makes to the gradient of a twin's input embeddings.
+
+    It is held against padded rows on dense masks.
+    """
+    assert layout.plan is not None
+    causal, found = unwrap(twin), []
+    weight = causal.get_input_embeddings().weight
     with torch.enable_grad():
-        for each in (layout, make_padded(layout.split_head)):
+        for each in (make_padded(layout.split_head), layout):
+            set_kernel(causal, pick_dense(causal) if each.plan is None else layout.plan.kernel)
             batches = (batch.to(weight.device) for batch in cut_sequences(sequences, each, token_budget=4096))
             total = torch.stack([token_logprobs(twin, batch, each).sum() for batch in batches]).sum()
             found.append(torch.autograd.grad(total, weight)[0])
-    mine, exact = found
+    exact, mine = found
     difference = float((mine - exact).norm() / exact.norm())
     return difference if np.isfinite(difference) else float("inf")
 

@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 LENGTHS = ("num_queries", "num_keys", "most", "window")
 """What differs from row to row: a kernel is not compiled anew for one that 16 divides."""
@@ -37,7 +38,7 @@ class Shape(NamedTuple):
 @triton.jit
 def take(base, token, step, width, mask):
     """Return the numbers `[T, D]` of some tokens of one head, zero where the mask says no."""
-    return tl.load(base + token[:, None] * step + width[None, :], mask=mask, other=0.0)
+    return tl.load(base + token[:, None].to(tl.int64) * step + width[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
@@ -193,7 +194,11 @@ class TreeAttention(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, tree: Any, window: int | None, scaling: float
     ) -> Tensor:
-        """`tree` is a `koat.forest.tree.Tree`."""
+        """`tree` is a `koat.forest.tree.Tree`. Raises NotImplementedError for values as wide as no query."""
+        if value.shape[-1] != query.shape[-1]:
+            raise NotImplementedError(
+                f"tree attention knows no values of {value.shape[-1]} for {query.shape[-1]} numbers"
+            )
         query, key, value = (heads if heads.stride(-1) == 1 else heads.contiguous() for heads in (query, key, value))
         num_rows, num_heads, length, width = query.shape
         shape = pick_shape(width, query.dtype)
@@ -211,6 +216,7 @@ class TreeAttention(torch.autograd.Function):
         return output
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of queries, keys and values."""
         query, key, value, output, log_sum = ctx.saved_tensors

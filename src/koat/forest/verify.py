@@ -30,13 +30,16 @@ from koat.forest.probe import (
     measure_stream,
     single_logprobs,
 )
-from koat.forest.score import Layout, estimate_row_cost, make_padded, set_kernel, unwrap
+from koat.forest.score import Layout, estimate_row_cost, make_padded, read_width, set_kernel, unwrap
+from koat.forest.tree import measure_tree
 from koat.forest.twin import TWIN_WINDOW, make_twin
 
 TWIN_TOLERANCE = 2e-4
 """Largest log-probability difference on the float32 twin; a wrong mask or position gives 1e-2 and more."""
-SLOPE_TOLERANCE, ROUGH = 1e-3, 0.05
-"""Largest relative difference of a gradient on the twin: in float32, and in a shorter type that rounds."""
+SLOPE_TOLERANCE = 1e-3
+"""Largest relative difference of a gradient on the float32 twin."""
+KERNEL_TOLERANCE = 0.05
+"""Largest relative difference of tree attention or one of its gradients in a short type; a wrong one gives 1 or 2."""
 COMPILED: tuple[Kernel, ...] = ("tree", "flex")
 """Kernels that each machine compiles for itself: that one way works there says nothing of the way back."""
 NOISE_FACTOR = 4.0
@@ -101,46 +104,58 @@ def _try_layout(
         return float("inf"), f"{type(error).__name__}: {error}"
 
 
-def _try_twin(twin: Any, probe: ListLike[Sequence], layout: Layout, model: nn.Module) -> tuple[float, str]:
-    """Return the difference that a layout makes on a twin, and what is wrong with it; nothing if all is well."""
+def _try_twin(twin: Any, probe: ListLike[Sequence], layout: Layout, compute: torch.dtype | None) -> tuple[float, str]:
+    """Return the difference that a layout makes on a twin, and what is wrong with it; nothing if all is well.
+
+    Where kernels were compiled here and a model will be trained in the type `compute`, so are gradients.
+    """
     shrunk = _shrink_windows(layout)
     difference, reason = _try_layout(twin, probe, shrunk)
     if difference > TWIN_TOLERANCE:
         return difference, reason or f"log-probabilities differ by {difference:.2g} on a float32 twin"
-    if shrunk.plan is not None and shrunk.plan.kernel in COMPILED and trains(model):
-        reason = _find_wrong_slopes(twin, probe, shrunk, unwrap(model).dtype)
-    return difference, reason
+    assert shrunk.plan is not None
+    if compute is None or shrunk.plan.kernel not in COMPILED:
+        return difference, ""
+    slopes, reason = _try_layout(twin, probe, shrunk, measure_slopes)
+    if slopes > SLOPE_TOLERANCE:
+        return difference, reason or f"gradients differ by {slopes:.2g} on a float32 twin"
+    return difference, _find_wrong_kernel(twin, shrunk.plan, compute) if shrunk.plan.kernel == "tree" else ""
 
 
-def _find_wrong_slopes(twin: Any, probe: ListLike[Sequence], layout: Layout, dtype: torch.dtype) -> str:
-    """Return what is wrong with gradients on a twin, in float32 and in the model's own type; nothing if all is well."""
+def _find_wrong_kernel(twin: Any, plan: AttentionPlan, compute: torch.dtype) -> str:
+    """Return what is wrong with tree attention in the type that is trained in, at a twin's width of heads."""
+    config = twin.config
+    width = int(getattr(config, "head_dim", None) or read_width(config) // config.num_attention_heads)
     try:
-        for each in dict.fromkeys((torch.float32, dtype)):
-            difference, reason = _try_layout(twin.to(each), probe, layout, measure_slopes)
-            if difference > (SLOPE_TOLERANCE if each == torch.float32 else ROUGH):
-                return reason or f"gradients differ by {difference:.2g} on a twin in {each}"
-        return ""
-    finally:
-        twin.to(torch.float32)
+        windows = dict.fromkeys(window for _, window in plan.windows)
+        wrong = max(measure_tree(width, compute, twin.device, window) for window in windows)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a compiler may fail in any way
+        return f"{type(error).__name__}: {error}"
+    return "" if wrong <= KERNEL_TOLERANCE else f"tree attention in {compute} differs by {wrong:.2g} from its formula"
 
 
 @torch.no_grad()
-def verify_layout(model: nn.Module, attention: str = "auto") -> tuple[Layout, Verification]:
+def verify_layout(
+    model: nn.Module, attention: str = "auto", compute: torch.dtype | None = None
+) -> tuple[Layout, Verification]:
     """Return the layout with the most sharing that computes what single sequences compute.
 
-    `attention` is the setting under which the model was loaded: `sdpa` keeps to dense masks. Falls back to
-    padded rows when no forest layout is exact; the reason is in the `Verification`.
+    `attention` is the setting under which the model was loaded: `sdpa` keeps to dense masks; `compute` the type of
+    training under autocast. Falls back to padded rows when no forest layout is exact; the reason is in the
+    `Verification`.
     """
     causal = unwrap(model)
     was_training = causal.training
     causal.eval()
     try:
-        return _verify(model, list_kernels(model, attention))
+        return _verify(model, list_kernels(model, attention), compute or causal.dtype)
     finally:
         causal.train(was_training)
 
 
-def _verify(model: nn.Module, kernels: list[Kernel]) -> tuple[Layout, Verification]:
+def _verify(model: nn.Module, kernels: list[Kernel], compute: torch.dtype) -> tuple[Layout, Verification]:
     causal, kernel = unwrap(model), kernels[-1]
     try:
         twin = make_twin(causal)
@@ -155,7 +170,7 @@ def _verify(model: nn.Module, kernels: list[Kernel]) -> tuple[Layout, Verificati
         assert layout.plan is not None
         for each in (twin, causal):  # single sequences too: a kernel that cannot run here is no reference either
             set_kernel(each, layout.plan.kernel)
-        twin_difference, reason = _try_twin(twin, probe, layout, model)
+        twin_difference, reason = _try_twin(twin, probe, layout, compute if trains(model) else None)
         if reason:
             reasons.append(reason)
             continue
@@ -166,6 +181,10 @@ def _verify(model: nn.Module, kernels: list[Kernel]) -> tuple[Layout, Verificati
         difference, reason = _try_layout(model, real, layout)
         allowed = max(FLOOR, NOISE_FACTOR * noise)
         if difference <= allowed:
+            if kernels[0] in COMPILED and layout.plan.kernel != kernels[0]:
+                log.warning(
+                    "Attention runs on dense masks, whose memory grows with the square of a row: %s.", reasons[0]
+                )
             chosen = _let_stream(layout, (twin, probe, TWIN_TOLERANCE), (model, real, allowed))
             return chosen, Verification(
                 shares=True, split_head=layout.split_head, kernel=layout.plan.kernel, twin_difference=twin_difference,

@@ -23,9 +23,9 @@ from torch.utils._pytree import tree_leaves
 from koat.adapters.attach import attach_adapter
 from koat.core.config import Section
 from koat.core.settings import ModelSettings
-from koat.forest.attend import AttentionPlan, Kernel
+from koat.forest.attend import MASKLESS, AttentionPlan, Kernel
 from koat.forest.head import compute_logits, gather_logprobs
-from koat.forest.kernels import find_kernel
+from koat.forest.kernels import find_kernel, pick_own
 from koat.forest.pack import MicroBatch
 from koat.forest.pieces import Piece
 from koat.forest.root import has_cached_root, take_root
@@ -161,7 +161,7 @@ def pick_layout(model: nn.Module, settings: ModelSettings, device: torch.device)
 def _walks(model: nn.Module, settings: ModelSettings, device: torch.device) -> bool:
     if settings.attention == "flex":
         return True
-    own = settings.attention == "auto" and device.type in ("cpu", "cuda")
+    own = settings.attention == "auto" and pick_own(device.type) in MASKLESS
     return own and bool(unwrap(model)._supports_attention_backend)
 
 

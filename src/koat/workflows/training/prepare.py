@@ -28,6 +28,7 @@ from koat.model import (
     load_config,
     load_model,
     load_tokenizer,
+    pick_precision,
 )
 from koat.quantise.check import check_quantised_layers
 from koat.workflows.config import PlanConfig, RunConfig
@@ -64,7 +65,7 @@ def prepare_run(config: RunConfig, model_settings: ModelSettings, say: Say) -> P
     base = load_model(model_settings)
     num_base, quantised = count_parameters(base), check_quantised_layers(base)
     model = attach_method(base, config)
-    layout, verification = choose_layout(model, config.model)
+    layout, verification = choose_layout(model, config.model, pick_precision(training, unwrap(model).device))
     say(describe_layout(verification))
     method, trained = config.adapter.method, count_trainable(model)
     say(f"{method}: {trained:,} of {num_base:,} parameters are trained ({trained / num_base:.3%})")
