@@ -125,13 +125,13 @@ def _try_twin(twin: Any, probe: ListLike[Sequence], layout: Layout, compute: tor
 def _find_wrong_kernel(twin: Any, plan: AttentionPlan, compute: torch.dtype) -> str:
     """Return what is wrong with tree attention in the type that is trained in, at a twin's width of heads."""
     config = twin.config
-    width = int(getattr(config, "head_dim", None) or read_width(config) // config.num_attention_heads)
     try:
+        width = int(getattr(config, "head_dim", None) or read_width(config) // config.num_attention_heads)
         windows = dict.fromkeys(window for _, window in plan.windows)
         wrong = max(measure_tree(width, compute, twin.device, window) for window in windows)
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # a compiler may fail in any way
+    except Exception as error:  # a compiler may fail in any way, and configurations have names of their own
         return f"{type(error).__name__}: {error}"
     return "" if wrong <= KERNEL_TOLERANCE else f"tree attention in {compute} differs by {wrong:.2g} from its formula"
 
