@@ -25,6 +25,7 @@ from koat.forest.score import cut_sequences, set_kernel, sum_by_owner, token_log
 from koat.forest.stream import score_forest
 from koat.forest.tree import Tree, attend_tree, measure_tree
 from koat.forest.verify import verify_layout
+from tests.triton_kernels import load_kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -32,12 +33,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 @pytest.fixture(scope="module")
 def kernels() -> Any:
     """Return the module of kernels, where they can run."""
-    pytest.importorskip("triton", reason="Triton is not installed; it comes with PyTorch for CUDA")
-    if DEVICE == "cpu" and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
-        pytest.skip("Triton's interpreter does not run loops under NumPy 2.4 and later")
-    from koat.forest import tree_kernels
-
-    return tree_kernels
+    return load_kernels("koat.forest.tree_kernels")
 
 
 def draw_rows(seed: int = 0) -> Any:
