@@ -18,12 +18,13 @@ import torch
 from koat.core.sequence import supervise_from
 from koat.forest import kernels as choice
 from koat.forest.attend import make_visible
+from koat.forest.interface import attend_trees
 from koat.forest.kernels import list_kernels
 from koat.forest.pack import collate_rows
 from koat.forest.probe import measure_slopes
 from koat.forest.score import cut_sequences, set_kernel, sum_by_owner, token_logprobs
 from koat.forest.stream import score_forest
-from koat.forest.tree import Tree, attend_tree, measure_tree
+from koat.forest.tree import Tree, measure_tree
 from koat.forest.verify import verify_layout
 from tests.triton_kernels import load_kernels
 
@@ -136,9 +137,9 @@ def test_what_kernels_do_not_compute_is_refused(kernels) -> None:
     heads = torch.zeros(2, 1, batch.position.shape[1], 16, device=DEVICE)
     tree = Tree.plant(batch.position, batch.subtree_end)
     with pytest.raises(NotImplementedError, match="knows no softcap"):
-        attend_tree(torch.nn.Module(), heads, heads, heads, None, tree=tree, softcap=3.0)
+        attend_trees(torch.nn.Module(), heads, heads, heads, None, trees=tree, softcap=3.0)
     with pytest.raises(NotImplementedError, match="values of 8 for 16 numbers"):
-        attend_tree(torch.nn.Module(), heads, heads, heads[..., :8], None, tree=tree)
+        attend_trees(torch.nn.Module(), heads, heads, heads[..., :8], None, trees=tree)
 
 
 def test_dropout_on_attention_falls_back_on_dense_masks() -> None:
@@ -146,7 +147,7 @@ def test_dropout_on_attention_falls_back_on_dense_masks() -> None:
     heads = torch.randn(2, 2, batch.position.shape[1], 16, device=DEVICE)
     tree = Tree.plant(batch.position, batch.subtree_end)
     module = torch.nn.Module().train()
-    found, _ = attend_tree(module, heads, heads, heads, None, dropout=1e-9, tree=tree, scaling=0.25)
+    found, _ = attend_trees(module, heads, heads, heads, None, dropout=1e-9, trees=tree, scaling=0.25)
     mask = make_visible(batch.position, batch.subtree_end)
     torch.testing.assert_close(found, attend_densely(heads, heads, heads, mask, 0.25), atol=1e-5, rtol=1e-5)
 
@@ -156,7 +157,7 @@ def test_autocast_chooses_the_type(kernels) -> None:
     heads = torch.randn(2, 2, batch.position.shape[1], 16, device=DEVICE)
     tree = Tree.plant(batch.position, batch.subtree_end)
     with torch.autocast(DEVICE, torch.float16):
-        found, _ = attend_tree(torch.nn.Module(), heads, heads, heads, None, tree=tree)
+        found, _ = attend_trees(torch.nn.Module(), heads, heads, heads, None, trees=tree)
     mask = make_visible(batch.position, batch.subtree_end)
     assert found.dtype == torch.float16
     torch.testing.assert_close(found.float(), attend_densely(heads, heads, heads, mask, 0.25), atol=5e-3, rtol=5e-3)

@@ -106,7 +106,7 @@ class IgnoresPositions(LlamaModel):
 
 
 class IgnoresMask(LlamaModel):
-    def forward(self, attention_mask=None, walk=None, **others):
+    def forward(self, attention_mask=None, trees=None, **others):
         return super().forward(**others)
 
 
@@ -160,7 +160,7 @@ def test_weights_are_tried_after_the_twin(make_model, dtype) -> None:
     """A model whose twin is sound and whose own forward pass is not."""
     model = make_model("llama").to(dtype)
     sound = model.base_model.forward
-    model.base_model.forward = lambda attention_mask=None, walk=None, **others: sound(**others)
+    model.base_model.forward = lambda attention_mask=None, trees=None, **others: sound(**others)
     layout, found = verify_layout(model)
     assert not layout.shares
     assert "twin" not in found.reason

@@ -7,16 +7,15 @@ from typing import Any
 from torch import nn
 
 from koat.forest.attend import Kernel
+from koat.forest.interface import NAMES
 from koat.forest.root import has_cached_root
 from koat.forest.score import unwrap
-from koat.forest.tree import IMPLEMENTATION as TREE
 from koat.forest.tree import has_triton
-from koat.forest.walk import IMPLEMENTATION as WALK
 
 
 def find_kernel(config: Any) -> Kernel:
     """Return the kernel whose mask a loaded model understands, from its configuration."""
-    known: dict[str, Kernel] = {"sdpa": "sdpa", "flex_attention": "flex", WALK: "walk", TREE: "tree"}
+    known: dict[str, Kernel] = {"sdpa": "sdpa", "flex_attention": "flex", NAMES["walk"]: "walk", NAMES["tree"]: "tree"}
     return known.get(config._attn_implementation, "eager")
 
 

@@ -17,13 +17,12 @@ from torch import Tensor, nn
 from koat.core.sequence import Sequence
 from koat.forest.attend import FLEX_BLOCK, AttentionPlan, Kernel, render_mask
 from koat.forest.head import gather_logprobs, head_logprobs, head_scores
+from koat.forest.interface import NAMES, Trees, register
 from koat.forest.narrow import narrow_last_layer
 from koat.forest.pack import MicroBatch, RowCost, batch_rows, plan_rows, plan_separate_rows
 from koat.forest.root import Root, shift_source, stand_on, take_root
-from koat.forest.tree import IMPLEMENTATION as TREE
-from koat.forest.tree import Tree, register_tree
-from koat.forest.walk import IMPLEMENTATION as WALK
-from koat.forest.walk import Walk, register_walk
+from koat.forest.tree import Tree
+from koat.forest.walk import Walk
 
 MOST_COMPILED = 64
 """How often one attention function may be compiled: a few kinds of gradient times the length buckets."""
@@ -151,24 +150,31 @@ def make_inputs(causal: Any, batch: MicroBatch, layout: Layout, root: Root | Non
     set_kernel(causal, layout.plan.kernel)
     num_cached = 0 if root is None else root.num_cached
     standing = batch if root is None else stand_on(batch, num_below, computed=not num_cached)
-    inputs["position_ids"] = standing.position[:, num_cached:]
-    inputs["attention_mask"] = render_mask(
-        layout.plan, standing.position, standing.subtree_end, causal.dtype, num_cached
-    )
+    shown = show_trees(causal, layout, standing.position, standing.subtree_end, standing.source, num_cached)
+    return {**inputs, **shown}
+
+
+def show_trees(
+    causal: Any, layout: Layout, position: Tensor, subtree_end: Tensor, source: Tensor, num_cached: int
+) -> dict[str, Any]:
+    """Return what tells a model who sees whom: positions, a mask, and for koat's own kernels the trees themselves.
+
+    The first `num_cached` tokens of a row are keys in a cache, and not counted by `source [P]`, which predict.
+    """
+    assert layout.plan is not None
+    mask = render_mask(layout.plan, position, subtree_end, causal.dtype, num_cached)
+    shown: dict[str, Any] = {"position_ids": position[:, num_cached:], "attention_mask": mask}
     if layout.plan.kernel == "walk":
-        inputs["walk"] = make_walk(causal, layout, standing.position, standing.subtree_end, standing.source)
+        shown["trees"] = make_walk(causal, layout, position, subtree_end, source, num_cached)
     elif layout.plan.kernel == "tree":
-        inputs["tree"] = Tree.plant(standing.position, standing.subtree_end, num_cached)
-    return inputs
+        shown["trees"] = Tree.plant(position, subtree_end, num_cached)
+    return shown
 
 
 def make_walk(
-    causal: Any, layout: Layout, position: Tensor, subtree_end: Tensor, source: Tensor, num_cached: int = 0
-) -> Walk:
-    """Return the pieces of a micro-batch; with `narrow` the last layer answers predicting tokens `source [P]` alone.
-
-    The first `num_cached` tokens of its one row are keys in a cache, and not counted by `source`.
-    """
+    causal: Any, layout: Layout, position: Tensor, subtree_end: Tensor, source: Tensor, num_cached: int
+) -> Trees:
+    """Return the pieces of a micro-batch; with `narrow` the last layer answers predicting tokens alone."""
     if not layout.narrow:
         return Walk(position, subtree_end, num_cached=num_cached)
     asking = torch.zeros_like(position, dtype=torch.bool)
@@ -178,14 +184,11 @@ def make_walk(
 
 def set_kernel(causal: Any, kernel: Kernel) -> None:
     """Let a model's layers compute attention with a kernel; they look it up at each pass."""
-    if kernel == "walk":
-        register_walk()
-    elif kernel == "tree":
-        register_tree()
+    if kernel in NAMES:
+        register(NAMES[kernel])
     elif kernel == "flex":
         allow_compiling()
-    names = {"flex": "flex_attention", "walk": WALK, "tree": TREE}
-    causal.config._attn_implementation = names.get(kernel, kernel)
+    causal.config._attn_implementation = {"flex": "flex_attention", **NAMES}.get(kernel, kernel)
 
 
 def allow_compiling() -> None:

@@ -20,13 +20,11 @@ from torch import Tensor, nn
 
 from koat.core.sequence import Sequence
 from koat.core.soft_prompt import has_soft_prompt
-from koat.forest.attend import render_mask
 from koat.forest.build import Forest, IntArray, build_forest
 from koat.forest.head import gather_logprobs, head_scores
 from koat.forest.narrow import narrow_last_layer
 from koat.forest.pack import MicroBatch
-from koat.forest.score import Layout, cut_sequences, make_walk, score_tokens, set_kernel, unwrap
-from koat.forest.tree import Tree
+from koat.forest.score import Layout, cut_sequences, score_tokens, set_kernel, show_trees, unwrap
 
 COMFORTABLE = 2048
 """Tokens of a segment that is neither slow to start nor too large for a processor's cache (8 layers of 512)."""
@@ -165,17 +163,8 @@ def score_segment(
     position, subtree_end = segment.position.to(device), segment.subtree_end.to(device)
     source = segment.source.to(device)
     set_kernel(causal, layout.plan.kernel)
-    inputs: dict[str, Any] = {
-        "input_ids": token_ids,
-        "position_ids": position[:, num_cached:],
-        "attention_mask": render_mask(layout.plan, position, subtree_end, causal.dtype, num_cached),
-        "past_key_values": cache,
-        "use_cache": True,
-    }
-    if layout.plan.kernel == "walk":
-        inputs["walk"] = make_walk(causal, layout, position, subtree_end, source, num_cached)
-    elif layout.plan.kernel == "tree":
-        inputs["tree"] = Tree.plant(position, subtree_end, num_cached)
+    shown = show_trees(causal, layout, position, subtree_end, source, num_cached)
+    inputs: dict[str, Any] = {"input_ids": token_ids, "past_key_values": cache, "use_cache": True, **shown}
     with narrow_last_layer(causal, source) if layout.narrow else nullcontext():
         if layout.split_head:
             hidden = causal.base_model(**inputs).last_hidden_state.flatten(0, 1)

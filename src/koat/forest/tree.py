@@ -10,17 +10,13 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from koat.forest.attend import make_visible
-from koat.forest.walk import UNKNOWN
-
-IMPLEMENTATION = "koat_tree"
-"""The name under which transformers finds this attention."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +37,7 @@ class Tree:
     The first n, `num_cached`, ask nothing: their keys and values come from a cache.
     """
 
+    name: ClassVar[str] = "tree"
     position: Tensor
     subtree_end: Tensor
     num_cached: int = 0
@@ -50,6 +47,15 @@ class Tree:
     def plant(cls, position: Tensor, subtree_end: Tensor, num_cached: int = 0) -> Tree:
         """Return the trees in the form that the kernels read."""
         return cls(position.to(torch.int32).contiguous(), subtree_end.to(torch.int32).contiguous(), num_cached)
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, window: int | None, scaling: float, layer: int | None
+    ) -> Tensor:
+        """Run the kernels, the same in every layer. Raises NotImplementedError for heads that they do not know."""
+        from koat.forest.tree_kernels import TreeAttention
+
+        output: Tensor = TreeAttention.apply(query, key, value, self, window, scaling)  # type: ignore[no-untyped-call]
+        return output
 
     def list_blocks(self, window: int | None, num_queries: int, num_keys: int) -> Blocks:
         """Return the blocks, of `num_queries` and `num_keys` tokens, that see something under a sliding window."""
@@ -91,49 +97,11 @@ def _list_marked(marks: Tensor) -> tuple[Tensor, Tensor]:
     return marks.sum(-1, dtype=torch.int32).contiguous(), places.to(torch.int32).contiguous()
 
 
-def attend_tree(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    tree: Tree | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Attention in the form that transformers calls.
-
-    Without a `tree`, or with dropout on attention, it is transformers' own SDPA. Raises NotImplementedError for what
-    these kernels do not compute: caps, sinks, biases.
-    """
-    if tree is None or dropout:
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-        mask = attention_mask
-        if tree is not None:
-            mask = make_visible(tree.position, tree.subtree_end, sliding_window)[:, :, tree.num_cached :]
-        return sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, **kwargs)
-    unknown = [name for name in UNKNOWN if kwargs.get(name) is not None]
-    if unknown:
-        raise NotImplementedError(f"tree attention knows no {', '.join(unknown)}")
-    from koat.forest.tree_kernels import TreeAttention
-
-    if torch.is_autocast_enabled(query.device.type):
-        query, key, value = (heads.to(torch.get_autocast_dtype(query.device.type)) for heads in (query, key, value))
-    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    output: Tensor = TreeAttention.apply(query, key, value, tree, sliding_window, scale)  # type: ignore[no-untyped-call]
-    return output, None
-
-
 def measure_tree(width: int, dtype: torch.dtype, device: torch.device, window: int | None = None) -> float:
     """Return the largest relative difference of tree attention, its gradients included, from the formula in float32.
 
     On random heads of a width over one small tree: what a machine compiled is not what its neighbour did.
     """
-    from koat.forest.tree_kernels import TreeAttention
-
     branches = torch.arange(70, 110)
     position = torch.cat([torch.arange(70), branches, branches])[None].to(device)
     ends = torch.tensor([150] * 70 + [110] * 40 + [150] * 40, device=device)[None]
@@ -154,12 +122,8 @@ def measure_tree(width: int, dtype: torch.dtype, device: torch.device, window: i
         dense: Tensor = (scores.softmax(-1) @ value).transpose(1, 2)
         return dense
 
-    def attend_sparsely(*heads: Tensor) -> Tensor:
-        sparse: Tensor = TreeAttention.apply(*heads, tree, window, scale)  # type: ignore[no-untyped-call]
-        return sparse
-
     tree = Tree.plant(position, ends)
-    mine = run(attend_sparsely, [query, key, value])
+    mine = run(lambda q, k, v: tree.attend(q, k, v, window, scale, None), [query, key, value])
     exact = run(attend_densely, [query.float(), key.float(), value.float()])
     return max(float((a.float() - b).norm() / b.norm()) for a, b in zip(mine, exact, strict=True))
 
@@ -168,13 +132,3 @@ def measure_tree(width: int, dtype: torch.dtype, device: torch.device, window: i
 def has_triton() -> bool:
     """Whether Triton is installed."""
     return importlib.util.find_spec("triton") is not None
-
-
-@cache
-def register_tree() -> None:
-    """Make this attention known to transformers; masks that a model makes itself are SDPA's."""
-    from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-
-    AttentionInterface.register(IMPLEMENTATION, attend_tree)
-    AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)

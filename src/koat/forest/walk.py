@@ -8,20 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence as ListLike
 from dataclasses import dataclass, field
-from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from koat.forest.attend import make_visible
 from koat.forest.pieces import Piece, cut_row
-
-IMPLEMENTATION = "koat_walk"
-"""The name under which transformers finds this attention."""
-UNKNOWN = ("softcap", "s_aux", "position_bias")
-"""What some families add to attention and this kernel does not compute; `koat.forest.verify` then takes another."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +25,7 @@ class Walk:
     tokens ask nothing in any layer: their keys and values come from a cache.
     """
 
+    name: ClassVar[str] = "walked"
     position: Tensor
     subtree_end: Tensor
     asking: Tensor | None = None
@@ -52,6 +46,14 @@ class Walk:
                 for piece in cut_row(row, position[row], subtree_end[row], window, mark, self.num_cached)
             ]
         return self.made[key]
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, window: int | None, scaling: float, layer: int | None
+    ) -> Tensor:
+        """Walk the pieces of a layer."""
+        pieces = self.list_pieces(window, layer)
+        output: Tensor = WalkAttention.apply(query, key, value, pieces, scaling)  # type: ignore[no-untyped-call]
+        return output
 
 
 class WalkAttention(torch.autograd.Function):
@@ -166,46 +168,3 @@ def fold_heads(heads: Tensor, repeats: int) -> Tensor:
 def shape_mask(piece: Piece) -> Tensor | None:
     """Return a piece's mask as the kernel takes it."""
     return None if piece.mask is None else piece.mask[None, None]
-
-
-def attend_walk(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    walk: Walk | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Attention in the form that transformers calls.
-
-    Without a `walk`, or with dropout on attention, it is transformers' own SDPA. Raises NotImplementedError
-    for what walking does not compute: caps, sinks, biases.
-    """
-    if walk is None or dropout:
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-        mask = attention_mask if walk is None else make_visible(walk.position, walk.subtree_end, sliding_window)
-        return sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, **kwargs)
-    unknown = [name for name in UNKNOWN if kwargs.get(name) is not None]
-    if unknown:
-        raise NotImplementedError(f"walked attention knows no {', '.join(unknown)}")
-    if torch.is_autocast_enabled("cpu"):
-        query, key, value = (heads.to(torch.get_autocast_dtype("cpu")) for heads in (query, key, value))
-    pieces = walk.list_pieces(sliding_window, getattr(module, "layer_idx", None))
-    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    output: Tensor = WalkAttention.apply(query, key, value, pieces, scale)  # type: ignore[no-untyped-call]
-    return output, None
-
-
-@cache
-def register_walk() -> None:
-    """Make this attention known to transformers; masks that a model makes itself are SDPA's."""
-    from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-
-    AttentionInterface.register(IMPLEMENTATION, attend_walk)
-    AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)

@@ -208,8 +208,8 @@ def run_layers(model: nn.Module, layout: Layout, num_rows: int, length: int) -> 
     none = token.new_zeros(0)
     batch = MicroBatch(token, token, token, none, none, none, (), num_rows * length)
     inputs = make_inputs(unwrap(model), batch, layout, take_root(model, num_rows))
-    if "walk" in inputs:
-        inputs["walk"] = ChainWalk(inputs["walk"].position, inputs["walk"].subtree_end)
+    if "trees" in inputs:
+        inputs["trees"] = ChainWalk(inputs["trees"].position, inputs["trees"].subtree_end)
     hidden: Tensor = unwrap(model).base_model(**inputs).last_hidden_state
     return hidden
 
