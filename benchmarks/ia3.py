@@ -9,7 +9,6 @@ and layer, so no layer outside the repeated ones, no head and no embedding has a
 from __future__ import annotations
 
 import functools
-import random
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from benchmarks.command import main
 from benchmarks.kept import draw_inputs, measure_layer, run_layers
-from benchmarks.measure import Check, Findings, Result, Table, check_equal, time_once
+from benchmarks.measure import Check, Findings, Result, Table, check_equal, compare_rounds, take_turns
 from benchmarks.workload import SIZES, Absent, Options, build_base
 from koat.adapters.architectures import find_architecture
 from koat.adapters.attach import attach_adapter, read_adapter_state
@@ -201,11 +200,7 @@ def count_kept(name: str, base: str, checkpointing: bool, options: Options) -> d
 
 
 def time_steps(name: str, base: str, work: Work, options: Options) -> tuple[dict[str, float], dict[str, float]]:
-    """Return each side's median seconds of a step, and its median ratio to the floor's steps of the same round.
-
-    In training a step follows one of the same model: each side takes a few in a row, the first of them not counted.
-    The sides' order is drawn anew each round, for whoever comes after a side finds the memory that it left.
-    """
+    """Return each side's median seconds of a step, and its median ratio to the floor's steps of the same round."""
     models = {side: wrap(build(name, base, options, NUM_LAYERS)) for side, wrap in make_sides().items()}
     for model in models.values():
         randomise(model, options.seed)
@@ -217,17 +212,9 @@ def time_steps(name: str, base: str, work: Work, options: Options) -> tuple[dict
         hidden = run_layers(models[side], inputs[side], autocast=wants_autocast(side, base))
         hidden.backward(direction(hidden.dtype))
 
-    seconds: dict[str, list[float]] = {side: [] for side in models}
-    order, shuffle = list(models), random.Random(options.seed).shuffle
-    for turn in range(options.scale(work.num_rounds, 2) + 1):
-        shuffle(order)
-        for side in order:
-            spent = [time_once(functools.partial(step, side), options.device) for _ in range(NUM_STEPS)]
-            if turn:
-                seconds[side].append(median(spent[1:]))
-    floor = seconds["floor"]
-    ratios = {side: [a / b for a, b in zip(each, floor, strict=True)] for side, each in seconds.items()}
-    return {side: median(each) for side, each in seconds.items()}, {side: median(each) for side, each in ratios.items()}
+    steps = {side: functools.partial(step, side) for side in models}
+    seconds = take_turns(steps, options.scale(work.num_rounds, 2), NUM_STEPS, options.device, options.seed)
+    return {side: median(each) for side, each in seconds.items()}, compare_rounds(seconds, "floor")
 
 
 def list_works(options: Options) -> list[Work]:

@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import copy
 import functools
-import random
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from statistics import median
 from typing import Any
 
@@ -24,32 +23,17 @@ from torch import Tensor
 from benchmarks.command import main
 from benchmarks.ia3 import PEER, STEP_MARK, compare_with_peft, make_sides, randomise
 from benchmarks.kept import draw_inputs, run_layers
-from benchmarks.measure import Findings, Result, Table, time_once
+from benchmarks.measure import Findings, Result, Table, compare_rounds, take_turns
 from benchmarks.workload import Absent, Options, build_base
 from koat.adapters.attach import attach_adapter, count_trainable
 from koat.adapters.methods import LoraSettings
 
-SIZES = ("1.3b", "5.8b")
-BILLIONS = {"llama": ("1.3b",), "gpt_neox": SIZES}
+SIZES = {"gpt_neox": ("1.3b", "5.8b"), "llama": ("1.3b",)}
 ROWS, LENGTH, NUM_ROUNDS, NUM_STEPS = {"1.3b": 16, "5.8b": 8}, 1024, 9, 3
 """Rows of a step, so many that a GPU does not wait for the processor, and their tokens; rounds that are timed; a side's
 steps in a row, the first not counted."""
 LORA = "LoRA r=8"
-OURS = "koat IA3"
-
-
-@dataclass
-class Side:
-    """One way to train a base, and what was measured of it."""
-
-    model: Any
-    seconds: list[float]
-    peak: int = 0
-
-    @property
-    def num_trained(self) -> int:
-        """Numbers that are trained; entries that koat holds at one are not."""
-        return count_trainable(self.model)
+OURS, OUR_LORA = "koat IA3", "koat LoRA r=8"
 
 
 def share_weights(base: Any) -> Any:
@@ -61,18 +45,14 @@ def share_weights(base: Any) -> Any:
 def list_sides() -> dict[str, Callable[[Any], Any]]:
     """Return how each side puts its adapter on a base model: those of `benchmarks.ia3`, and koat's LoRA."""
     sides = make_sides()
-    config = LoraSettings(r=8, alpha=8, targets="attention")
-    return {name: sides[name] for name in ("floor", OURS, PEER, LORA)} | {
-        "koat LoRA r=8": lambda base: attach_lora(base, config),
-    }
+    return {name: sides[name] for name in ("floor", OURS, PEER, LORA)} | {OUR_LORA: attach_lora}
 
 
-def attach_lora(base: Any, settings: LoraSettings) -> Any:
+def attach_lora(base: Any) -> Any:
     """Return a base with koat's LoRA on the layers that PEFT's own defaults name."""
     from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
 
-    targets = list(DEFAULTS[base.config.model_type])
-    return attach_adapter(base, settings.model_copy(update={"targets": targets}))
+    return attach_adapter(base, LoraSettings(r=8, alpha=8, targets=list(DEFAULTS[base.config.model_type])))
 
 
 def run_step(model: Any, inputs: Tensor, direction: Tensor) -> None:
@@ -91,25 +71,9 @@ def measure_peak(work: Callable[[], None], device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) - before
 
 
-def measure_sides(sides: dict[str, Side], rows: int, length: int, options: Options) -> None:
-    """Time every side's steps, in an order drawn anew each round, and take their peaks."""
-    inputs = draw_inputs(sides[OURS].model, length, rows)
-    direction = torch.randn(inputs.shape).to(inputs)
-    order, shuffle = list(sides), random.Random(options.seed).shuffle
-    for turn in range((options.asked_rounds or NUM_ROUNDS) + 1):
-        shuffle(order)
-        for name in order:
-            work = functools.partial(run_step, sides[name].model, inputs, direction)
-            spent = [time_once(work, options.device) for _ in range(NUM_STEPS)]
-            if turn:
-                sides[name].seconds.append(median(spent[1:]))
-            else:
-                sides[name].peak = measure_peak(work, options.device)
-
-
 def judge(ratios: dict[str, float]) -> str:
     """Return whether koat's IA3 is near the floor and faster than LoRA, koat's own as well."""
-    return "held" if ratios[OURS] <= min(STEP_MARK, ratios[LORA], ratios["koat LoRA r=8"]) else "MISSED"
+    return "held" if ratios[OURS] <= min(STEP_MARK, ratios[LORA], ratios[OUR_LORA]) else "MISSED"
 
 
 def measure_model(family: str, options: Options, findings: Findings) -> None:
@@ -119,26 +83,28 @@ def measure_model(family: str, options: Options, findings: Findings) -> None:
     passed = all(check.passed for check in checks)
     base = build_base(family, options, "bfloat16", vocab_size=64)
     base.set_attn_implementation("sdpa")
-    sides = {}
-    for name, wrap in list_sides().items():
-        sides[name] = Side(wrap(share_weights(base)), [])
-        randomise(sides[name].model, options.seed)
+    models = {name: wrap(share_weights(base)) for name, wrap in list_sides().items()}
+    for model in models.values():
+        randomise(model, options.seed)
     result = Result(
         "K(G)OAT's table", f"{family} {options.size}", "bfloat16", "ia3", LORA, "; ".join(map(str, checks)), passed,
         f"{rows} x {length} tokens, layers forward and backward; {LORA}: plain PEFT on its own targets",
     )  # fmt: skip
     findings.results.append(result)
     if passed:
-        measure_sides(sides, rows, length, options)
-        floor = sides["floor"].seconds
-        ratios = {name: median(a / b for a, b in zip(side.seconds, floor, strict=True)) for name, side in sides.items()}
-        seconds = {name: median(side.seconds) for name, side in sides.items()}
-        result.rate, result.peer_rate = (rows * length / seconds[name] for name in (OURS, LORA))
+        inputs = draw_inputs(base, length, rows)
+        direction = torch.randn(inputs.shape).to(inputs)
+        steps = {name: functools.partial(run_step, model, inputs, direction) for name, model in models.items()}
+        rounds = options.asked_rounds or NUM_ROUNDS
+        seconds = take_turns(steps, rounds, NUM_STEPS, options.device, options.seed)
+        ratios = compare_rounds(seconds, "floor")
+        result.rate, result.peer_rate = (rows * length / median(seconds[name]) for name in (OURS, LORA))
         result.notes = f"koat's step is {ratios[OURS]:.3f} of the frozen base's"
-        for name, side in sides.items():
+        for name, model in models.items():
             row = (
-                f"{family} {options.size}", name, f"{side.num_trained:,}", f"{1e3 * seconds[name]:.1f}",
-                f"{ratios[name]:.3f}", f"{side.peak / 1e9:.2f}", judge(ratios) if name == OURS else "",
+                f"{family} {options.size}", name, f"{count_trainable(model):,}", f"{1e3 * median(seconds[name]):.1f}",
+                f"{ratios[name]:.3f}", f"{measure_peak(steps[name], options.device) / 1e9:.2f}",
+                judge(ratios) if name == OURS else "",
             )  # fmt: skip
             findings.tables[0].rows.append(row)
             print(" | ".join(row), flush=True)
@@ -152,7 +118,7 @@ def run(options: Options, rates: dict[str, float]) -> Findings:
     header = ("model", "side", "trained", "step, ms", "of floor", "peak beside weights, GB", "marks")
     findings = Findings(tables=[Table("K(G)OAT's table: a step of all layers", header, [])])
     for family in options.families:
-        for size in (options.size,) if options.quick else BILLIONS[family]:
+        for size in (options.size,) if options.quick else SIZES[family]:
             measure_model(family, replace(options, size=size), findings)
     return findings
 

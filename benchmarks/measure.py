@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Mapping
+from collections.abc import Sequence as ListLike
 from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
@@ -125,6 +127,31 @@ def interleave(sides: Mapping[str, Callable[[], float | None]], rounds: int, dev
         for name, work in sides.items():
             seconds[name].append(time_once(work, device))
     return {name: median(values) for name, values in seconds.items()}
+
+
+def take_turns(
+    steps: Mapping[str, Callable[[], None]], rounds: int, num_steps: int, device: torch.device, seed: int
+) -> dict[str, list[float]]:
+    """Return each side's median seconds of a step in every round.
+
+    In training a step follows one of the same model: each side takes a few in a row, the first of them not counted.
+    The sides' order is drawn anew each round, for whoever comes after a side finds the memory that it left. The first
+    round is not counted either.
+    """
+    seconds: dict[str, list[float]] = {side: [] for side in steps}
+    order, shuffle = list(steps), random.Random(seed).shuffle
+    for turn in range(rounds + 1):
+        shuffle(order)
+        for side in order:
+            spent = [time_once(steps[side], device) for _ in range(num_steps)]
+            if turn:
+                seconds[side].append(median(spent[1:]))
+    return seconds
+
+
+def compare_rounds(seconds: Mapping[str, ListLike[float]], floor: str) -> dict[str, float]:
+    """Return each side's median ratio to the floor's steps of the same round."""
+    return {side: median(a / b for a, b in zip(each, seconds[floor], strict=True)) for side, each in seconds.items()}
 
 
 def pick_fastest(

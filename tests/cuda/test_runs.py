@@ -10,10 +10,9 @@ import torch
 
 import koat
 from koat.core.json_lines import read_lines
-from koat.training.loop import StepRecord
 from koat.workflows.config import RunConfig, resolve_run
 from koat.workflows.training.finetune import finetune_run
-from tests.tiny_base import call_koat, make_rows, write_rows
+from tests.tiny_base import PowerCutError, call_koat, make_rows, stop_after, write_rows
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no CUDA GPU")
 SAMPLES = Path(koat.__file__).parent / "nano" / "samples"
@@ -35,10 +34,6 @@ METHODS = [
     ("ia3", {}, {"precision": "float32"}),
     ("ia3", {"attention": "sdpa"}, {}),
 ]
-
-
-class PowerCutError(Exception):
-    """Stands for whatever stops a run."""
 
 
 def resolve(folder: Path, method: str, model: dict, training: dict, device: str = "cuda"):
@@ -84,12 +79,8 @@ def test_a_stopped_run_goes_on_to_the_same_numbers(tmp_path) -> None:
     settings = resolve(tmp_path, "lora", {}, {"precision": "float32"})
     finetune_run(settings, tmp_path / "whole")
 
-    def stop(record: StepRecord) -> None:
-        if record.step == 3:
-            raise PowerCutError
-
     with pytest.raises(PowerCutError):
-        finetune_run(settings, tmp_path / "stopped", on_step=stop)
+        finetune_run(settings, tmp_path / "stopped", on_step=stop_after(3))
     finetune_run(settings, tmp_path / "stopped", resume=True)
     assert read_losses(tmp_path / "stopped")[-3:] == pytest.approx(read_losses(tmp_path / "whole")[-3:], abs=2e-5)
 

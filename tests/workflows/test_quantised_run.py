@@ -12,18 +12,13 @@ import koat
 from koat.core.config import Resolved
 from koat.core.json_lines import read_lines
 from koat.quantise.load import blocks_cross_rows
-from koat.training.loop import StepRecord
 from koat.workflows.config import RunConfig, resolve_run
 from koat.workflows.training.finetune import finetune_run
-from tests.tiny_base import call_koat, make_rows, write_rows
+from tests.tiny_base import PowerCutError, call_koat, make_rows, stop_after, write_rows
 
 pytest.importorskip("bitsandbytes", reason="the extra `quant` is not installed")
 SAMPLES = Path(koat.__file__).parent / "nano" / "samples"
 WEIGHTS = Path("adapter") / "adapter_model.safetensors"
-
-
-class PowerCutError(Exception):
-    """Stands for whatever stops a run."""
 
 
 def resolve_settings(rows: Path) -> Resolved[RunConfig]:
@@ -45,12 +40,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     settings = resolve_settings(write_rows(folder / "rows.jsonl", make_rows(30)))
     finetune_run(settings, folder / "whole")
 
-    def stop(record: StepRecord) -> None:
-        if record.step == 3:
-            raise PowerCutError
-
     with pytest.raises(PowerCutError):
-        finetune_run(settings, folder / "stopped", on_step=stop)
+        finetune_run(settings, folder / "stopped", on_step=stop_after(3))
     assert not (folder / "stopped" / "adapter").exists()
     finetune_run(settings, folder / "stopped", resume=True)
     return folder / "whole", folder / "stopped"

@@ -1,9 +1,9 @@
 """IA3 on a GPU: an activation function, its vector and both gradients in one pass each, as Triton kernels; and the
 gradient of a frozen RMS norm.
 
-A GPU spends its time between two products on reading and writing activations. PyTorch's own kernels would read an
-inner activation once to activate and once to rescale it, and five times on the way back. Here the vector rides along
-in passes that the frozen model makes anyway: what is left of IA3's price is one pass over keys and values each way.
+A GPU spends its time between two products on reading and writing activations. PyTorch's own kernels would pass over an
+inner activation twice on the way out and five times on the way back. Here the vector rides along in the one pass each
+way that the frozen model makes anyway: what is left of IA3's price is one over keys and values each way.
 
 Numbers are float32 within a kernel, and rounded once. A column's sum over rows is taken in pieces of `ROWS` rows, and
 the pieces are added up by a second kernel: the same bits every time. Between short products a GPU waits for the
