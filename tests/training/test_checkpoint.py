@@ -16,7 +16,7 @@ from koat.adapters.methods import FullSettings, Ia3Settings, LoraSettings
 from koat.core.errors import RunFolderError
 from koat.core.run_folder import RunFolder
 from koat.forest.verify import verify_layout
-from koat.training.checkpoint import TrainingState, load_checkpoint, save_checkpoint, write_random_state
+from koat.training.checkpoint import TrainingState, load_checkpoint, save_checkpoint
 from koat.training.loop import train
 
 METHODS = {"ia3": Ia3Settings(), "lora": LoraSettings(r=4, dropout=0.3), "full": FullSettings()}
@@ -49,12 +49,9 @@ def test_everything_comes_back(tmp_path: Path, model: Any) -> None:
     assert path == tmp_path / "step-000007"
     adapter = {name: tensor.clone() for name, tensor in read_adapter_state(model).items()}
     moments = copy.deepcopy(optimizer.state_dict()["state"])
-    drawn = torch.rand(5)
 
     other_optimizer = make_optimizer(model, steps=1)
-    torch.manual_seed(99)
     found = load_checkpoint(path, model, other_optimizer)
-    assert torch.equal(torch.rand(5), drawn)
     assert (found.step, found.tokens, found.unique_tokens, found.seconds) == (7, 100, 60, 1.5)
     assert (found.best_loss, found.best_step) == (0.25, 4)
     assert all(torch.equal(found.best[name], tensor) for name, tensor in best.items())
@@ -78,7 +75,7 @@ def test_only_the_newest_are_kept(tmp_path: Path, model: Any) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000010", "step-000100"]
 
 
-@pytest.mark.parametrize("name", ["adapter.safetensors", "optimizer.safetensors", "random.safetensors", "done.json"])
+@pytest.mark.parametrize("name", ["adapter.safetensors", "optimizer.safetensors", "done.json"])
 @pytest.mark.parametrize("damage", ["cut", "gone", "other"])
 def test_a_broken_checkpoint_is_named(name: str, damage: str, tmp_path: Path, model: Any) -> None:
     optimizer = make_optimizer(model)
@@ -164,13 +161,3 @@ def test_the_oldest_checkpoint_goes_when_steps_get_a_digit_more(tmp_path, monkey
         monkeypatch.setattr(f"koat.training.checkpoint.{name}", lambda *_: {"a": torch.zeros(1)})
     save_checkpoint(tmp_path, None, None, TrainingState(step=1_000_000), keep=2)
     assert {path.name for path in tmp_path.iterdir()} == {"step-999999", "step-1000000"}
-
-
-def test_generators_of_gpus_that_are_gone_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run of a machine with two cards goes on where one is visible."""
-    put: dict[int, torch.Tensor] = {}
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, number: put.setdefault(number, state))
-    states = {"cpu": torch.get_rng_state(), "cuda.0": torch.zeros(16), "cuda.1": torch.ones(16)}
-    write_random_state(states)
-    assert put.keys() == {0} and torch.equal(put[0], states["cuda.0"])

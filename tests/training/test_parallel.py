@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from koat.core.json_lines import read_lines
@@ -42,7 +43,7 @@ def test_two_processes_reach_the_adapter_of_one(tmp_path: Path, measure_distance
     alone, together = tmp_path / "alone", tmp_path / "together"
     alone.mkdir()
     together.mkdir()
-    children = start_pair(sys.executable, "-m", "tests.training.train_in_parallel", str(together), cwd=ROOT)
+    children = start_pair(sys.executable, "-m", "tests.training.train_in_parallel", "all", str(together), cwd=ROOT)
     train_all(alone)
     assert [child.wait(timeout=200) for child in children] == [0, 0]
     expected_losses = json.loads((alone / "losses 0.json").read_text())
@@ -54,6 +55,15 @@ def test_two_processes_reach_the_adapter_of_one(tmp_path: Path, measure_distance
                 found = load_file(together / f"{key}, {rank}.safetensors")
                 assert measure_distance(found, load_file(alone / f"{key}, 0.safetensors")) < 1e-6
                 assert losses[key] == pytest.approx(expected_losses[key], rel=1e-6)
+
+
+def test_two_processes_go_on_as_if_they_had_never_stopped(tmp_path: Path) -> None:
+    children = start_pair(sys.executable, "-m", "tests.training.train_in_parallel", "noise", str(tmp_path), cwd=ROOT)
+    assert [child.wait(timeout=200) for child in children] == [0, 0]
+    whole = load_file(tmp_path / "whole, 0.safetensors")
+    for name in ("whole, 1", "resumed, 0", "resumed, 1"):
+        found = load_file(tmp_path / f"{name}.safetensors")
+        assert all(torch.equal(found[key], tensor) for key, tensor in whole.items())
 
 
 @pytest.mark.soak

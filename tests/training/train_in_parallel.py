@@ -44,5 +44,22 @@ def train_all(folder: Path) -> None:
     accelerator.end_training()
 
 
+def train_with_noise(folder: Path) -> None:
+    """Train with dropout and noise in one go, then again from the middle, and write both adapters into a folder."""
+    accelerator = Accelerator(cpu=True)
+    sequences = draw_sequences("shared") + draw_sequences("unrelated")
+    layout, _ = verify_layout(build_model("llama"))
+    settings = TrainingSettings(
+        batch_size=5, max_steps=6, learning_rate=3e-3, noise=2.0, save_every=1, keep_checkpoints=9
+    )
+    for name, start in {"whole": None, "resumed": folder / "steps" / "step-000003"}.items():
+        model = attach_adapter(build_model("llama"), LoraSettings(r=4, dropout=0.3), seed=3)
+        steps = folder / "steps" if start is None else None
+        train(model, sequences, layout, settings, accelerator=accelerator, checkpoints=steps, resume_from=start)
+        save_file(read_adapter_state(model), folder / f"{name}, {accelerator.process_index}.safetensors")
+        accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
 if __name__ == "__main__":
-    train_all(Path(sys.argv[1]))
+    {"all": train_all, "noise": train_with_noise}[sys.argv[1]](Path(sys.argv[2]))

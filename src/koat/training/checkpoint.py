@@ -48,7 +48,6 @@ def save_checkpoint(
     with atomic_folder(path) as draft:
         save_file(read_adapter_state(model), draft / "adapter.safetensors")
         save_file(flatten_optimizer(optimizer), draft / "optimizer.safetensors")
-        save_file(read_random_state(), draft / "random.safetensors")
         if state.best:
             save_file(state.best, draft / "best.safetensors")
         (draft / "done.json").write_text(json.dumps(facts), encoding="utf-8")
@@ -58,31 +57,14 @@ def save_checkpoint(
 
 
 def load_checkpoint(path: Path, model: Attached, optimizer: torch.optim.Optimizer) -> TrainingState:
-    """Put model, optimizer and random generators back and return where the run stood."""
+    """Put model and optimizer back and return where the run stood; a step's random numbers come from its number."""
     try:
         facts = json.loads((path / "done.json").read_text(encoding="utf-8"))
         write_adapter_state(model, load_file(path / "adapter.safetensors"))
         restore_optimizer(optimizer, load_file(path / "optimizer.safetensors"))
-        write_random_state(load_file(path / "random.safetensors"))
         best = load_file(path / "best.safetensors") if (path / "best.safetensors").is_file() else {}
         return TrainingState(**facts, best=best)
     except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
         raise RunFolderError(
             f"The checkpoint {path} cannot be read ({error}). Remove it to use the one before."
         ) from error
-
-
-def read_random_state() -> dict[str, Tensor]:
-    """Return the states of PyTorch's random generators."""
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states |= {f"cuda.{number}": state for number, state in enumerate(torch.cuda.get_rng_state_all())}
-    return states
-
-
-def write_random_state(states: dict[str, Tensor]) -> None:
-    """Put the states of PyTorch's random generators back, those of GPUs that are still there."""
-    torch.set_rng_state(states["cpu"])
-    for number in range(torch.cuda.device_count()):
-        if f"cuda.{number}" in states:
-            torch.cuda.set_rng_state(states[f"cuda.{number}"], number)

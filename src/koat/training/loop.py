@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from koat.adapters.attach import Attached, read_adapter_state, write_adapter_state
+from koat.core.seeding import seed_step
 from koat.core.sequence import Sequence
 from koat.core.settings import TrainingSettings
 from koat.forest.pack import MicroBatch
@@ -161,7 +162,6 @@ def train(
     With `checkpoints` states are saved there; with `resume_from` training goes on as if it had never stopped.
     Raises TrainingError when the loss is no longer a number.
     """
-    torch.manual_seed(settings.seed)
     plan, trained = plan_training(sequences, settings), [p for p in model.parameters() if p.requires_grad]
     optimizer = build_optimizer(trained, settings)
     state = load_checkpoint(resume_from, model, optimizer) if resume_from else TrainingState()
@@ -169,6 +169,7 @@ def train(
     model.train()
     for indices in plan.walk_steps(state.step):
         began, step, examples = time.monotonic(), state.step, [sequences[index] for index in indices]
+        seed_step(settings.seed, step, accelerator.process_index)
         loss, unique_tokens = accumulate_gradients(model, examples, layout, settings, accelerator)
         norm, rate = clip_gradients(optimizer, settings.max_grad_norm), schedule_rate(settings, step, plan.num_steps)
         remark = guard.judge(step + 1, loss, norm, starts_epoch=plan.begins_epoch(step))
