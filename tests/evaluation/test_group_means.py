@@ -34,7 +34,8 @@ def test_items_and_tasks_are_weighed_apart() -> None:
     assert means["acc"].items.value == pytest.approx(3 / 10)
     assert (means["acc"].items.low, means["acc"].items.high) == wilson_interval(3, 10)
     assert means["acc"].tasks.value == pytest.approx((1 + 1 / 8) / 2)
-    error = sqrt(0 / 2 + np.var([1] + [0] * 7, ddof=1) / 8) / 2
+    # Two of two right: as if it were three of four.
+    error = sqrt(3 / 4 * 1 / 4 / 2 + np.var([1] + [0] * 7, ddof=1) / 8) / 2
     assert means["acc"].tasks.high == pytest.approx(min(1, (1 + 1 / 8) / 2 + 1.959964 * error))
     assert means["acc"].tasks.num_items == 10
 
@@ -48,6 +49,12 @@ def test_the_interval_over_tasks_covers_the_truth() -> None:
         score = average_tables("acc", tables)
         hits += score.low <= sum(rates) / 3 <= score.high
     assert 0.92 <= hits / 400 <= 0.98
+
+
+def test_few_items_that_are_all_right_are_no_certainty() -> None:
+    score = average_tables("acc", [[1.0, 1.0], [1.0, 1.0, 1.0]])
+    assert score.value == score.high == 1.0
+    assert score.low < 0.65
 
 
 def test_a_single_item_leaves_the_interval_wide() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from scipy.stats import binomtest
+from scipy import stats
 
 from koat.evaluation.metrics import score_accuracy, score_values, wilson_interval
 
@@ -13,7 +13,7 @@ from koat.evaluation.metrics import score_accuracy, score_values, wilson_interva
 @pytest.mark.parametrize("confidence", [0.8, 0.95, 0.99])
 def test_wilson_is_scipys(num_items: int, confidence: float) -> None:
     for num_right in {0, 1, num_items // 3, num_items // 2, num_items - 1, num_items}:
-        expected = binomtest(num_right, num_items).proportion_ci(confidence, method="wilson")
+        expected = stats.binomtest(num_right, num_items).proportion_ci(confidence, method="wilson")
         assert wilson_interval(num_right, num_items, confidence) == pytest.approx(tuple(expected), abs=1e-12)
 
 
@@ -51,3 +51,25 @@ def test_values_of_0_and_1_have_wilsons_interval_and_others_the_bootstraps() -> 
     assert (score.low, score.high) == pytest.approx((score.value - 1.96 * error, score.value + 1.96 * error), abs=0.003)
     assert score == score_values("f1", values)
     assert (score_values("f1", [0.4]).low, score_values("f1", [0.4]).high) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize("num_items", [2, 3, 5, 10, 29])
+def test_intervals_of_few_values_hold_the_truth(num_items: int) -> None:
+    rng, held = np.random.default_rng(1), []
+    for _ in range(1000):
+        score = score_values("f1", list(rng.beta(2, 3, num_items)))
+        held.append(score.low <= 0.4 <= score.high)
+    assert np.mean(held) >= 0.95
+
+
+def test_values_that_are_all_alike_are_no_certainty() -> None:
+    for number in (20, 50):
+        score = score_values("f1", [0.5] * number)
+        assert (score.low, score.high) == wilson_interval(number / 2, number)
+
+
+def test_few_values_that_are_no_shares_have_students_interval() -> None:
+    values = [3.0, 5.0, 4.5, 7.0]
+    low, high = stats.t.interval(0.95, 3, np.mean(values), stats.sem(values))
+    score = score_values("perplexity", values)
+    assert (score.low, score.high) == (pytest.approx(low), pytest.approx(high))

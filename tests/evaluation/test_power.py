@@ -72,10 +72,10 @@ def test_the_smallest_difference_of_a_comparison() -> None:
     right = left.copy()
     right[::10] ^= True
     found = compare_answers(left.tolist(), right.tolist())
-    assert found.smallest == find_smallest(500, noise_of_pairs(0.1))
+    assert found.find_smallest() == find_smallest(500, noise_of_pairs(0.1))
     # 500 items of 66.4 %: about 8.5 points, towards one half.
     counts = compare_counts(332, 500, 356, 500)
-    assert counts.smallest == pytest.approx(0.086, abs=0.002)
+    assert counts.find_smallest() == pytest.approx(0.086, abs=0.002)
     assert counts.count_needed() == 1462
 
 

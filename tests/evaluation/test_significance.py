@@ -50,7 +50,7 @@ def test_mcnemar_is_the_sum_of_binomial_terms(only_left: int, only_right: int) -
 
 def test_answers_that_never_differ_say_nothing() -> None:
     found = compare_answers(*make_pairs(30, 0, 0, 10))
-    assert (found.value, found.p, found.smallest, found.count_needed()) == (0.0, 1.0, None, None)
+    assert (found.value, found.p, found.find_smallest(), found.count_needed()) == (0.0, 1.0, None, None)
     assert found.low < 0 < found.high
 
 
@@ -150,7 +150,7 @@ def test_bootstrap_is_the_same_every_time_and_turns_with_its_sides() -> None:
 def test_equal_values_do_not_differ(times: int) -> None:
     values = [0.1, 0.5, 0.9, 0.3] * times
     found = compare_values(values, values)
-    assert (found.value, found.low, found.high, found.p, found.smallest) == (0, 0, 0, 1, None)
+    assert (found.value, found.low, found.high, found.p, found.find_smallest()) == (0, 0, 0, 1, None)
 
 
 def test_bootstrap_covers_the_truth() -> None:
@@ -160,6 +160,16 @@ def test_bootstrap_covers_the_truth() -> None:
         found = compare_values(left, right, num_samples=1000)
         covered.append(found.low <= 0.02 <= found.high)
     assert 0.91 <= np.mean(covered) <= 0.98
+
+
+def test_what_no_draw_of_the_bootstrap_reaches_is_the_t_tests() -> None:
+    left, right = draw_values(1000, 0.3, 0)
+    found = compare_values(left, right)
+    assert found.test == "paired bootstrap"
+    assert found.p < 1e-9
+    assert found.p == pytest.approx(max(stats.ttest_rel(right, left).pvalue, 2.0**-999))
+    # Alike to the last digit: no rarer than signs that all came out alike.
+    assert compare_values([0.5] * 30, [0.8] * 30).p == pytest.approx(2.0**-29)
 
 
 def test_few_values_are_compared_by_the_t_test() -> None:
@@ -187,7 +197,7 @@ def test_few_like_differences_are_no_certainty(value: float, num_items: int, num
     assert found.low < value < found.high
     assert (found.low <= 0 <= found.high) == (found.p >= 0.05) == (num_items <= 5)
     needed = found.count_needed()
-    assert needed is not None and 3 <= needed <= 16 and found.smallest is not None
+    assert needed is not None and 3 <= needed <= 16 and found.find_smallest() is not None
 
 
 def test_five_items_of_one_sign_prove_nothing() -> None:
@@ -202,7 +212,7 @@ def test_five_items_of_one_sign_prove_nothing() -> None:
 def test_one_item_says_nothing(left: float, right: float) -> None:
     seeds = (np.array([[left], [left], [left + 0.1]]), np.array([[right]]))
     for found in (compare_values([left], [right]), compare_seeds(*seeds)):
-        assert (found.low, found.high, found.p, found.num_items, found.smallest) == (-1, 1, 1, 1, None)
+        assert (found.low, found.high, found.p, found.num_items, found.find_smallest()) == (-1, 1, 1, 1, None)
     assert compare_values([left], [right]).value == pytest.approx(right - left)
 
 
@@ -262,6 +272,17 @@ def test_seeds_and_items_cover_the_truth_everywhere(num_seeds: int, over_seeds: 
     covered, alarms = cover_seeds(num_seeds, over_seeds, 4000)
     assert covered >= 0.93
     assert alarms <= 0.07
+
+
+def test_one_trained_seed_is_taken_to_spread_as_the_others_do() -> None:
+    rng, alarms = np.random.default_rng(7), []
+    for _ in range(500):
+        items = rng.uniform(0.35, 0.65, 1000)
+        left, right = (draw_seeds(rng, items, number, 0.03) for number in (1, 3))
+        alarms.append([compare_seeds(left, right, trained).p < 0.05 for trained in ((True, True), (False, True))])
+    assert np.mean(alarms, 0)[0] <= 0.075
+    # A base that was not trained has no seed; taking the trained one for it would claim a difference far too often.
+    assert np.mean(alarms, 0)[1] > 0.15
 
 
 def test_one_seed_each_is_the_paired_t_test() -> None:
@@ -355,5 +376,5 @@ def test_what_seeds_hide_no_number_of_items_shows() -> None:
     assert found.p > 0.05 and found.value != 0
     assert found.count_needed() is None
     # What the seeds bring by themselves: a spread of 0.1 on either side, over three seeds.
-    assert found.smallest == pytest.approx(2.801585 * np.sqrt(2 * 0.01 / 3), rel=0.1)
+    assert found.find_smallest() == pytest.approx(2.801585 * np.sqrt(2 * 0.01 / 3), rel=0.1)
     assert compare_seeds(left[:1], right[:1]).count_needed() is not None

@@ -24,7 +24,7 @@ from koat.report.sentences import (
 FOUND: dict[str, Any] = {
     "task": "reviews", "scoring": "likelihood", "left": "A", "right": "B", "better": "B", "unsure": None,
     "value": 0.042, "low": 0.0213, "high": 0.0641, "p": 0.001, "p_holm": 0.003, "test": "exact McNemar",
-    "paired": True, "num_items": 500, "smallest": 0.031, "needed": 410, "needed_corrected": 600,
+    "paired": True, "num_items": 500, "smallest": 0.031, "needed": 600,
     "conditions": {"template": "none against koalpaca: another template around the prompt"},
 }  # fmt: skip
 
@@ -100,3 +100,16 @@ def test_every_reason_has_its_korean() -> None:
     )
     missing = explain_differences({"shots": 5, "colour": "red"}, {})
     assert say_reasons(missing.values(), "ko") == "예시가 다름: 한쪽은 밝히지 않음; colour: 다름: 한쪽은 밝히지 않음"
+
+
+def test_what_one_side_does_not_say_is_no_difference_that_was_seen() -> None:
+    left, right = {"items": {"num": 500}}, {"items": {"num": 500, "fingerprint": "0123456789abcdef"}}
+    assert explain_differences(left, right) == {"items": "other items: one of the two does not say which"}
+    assert "against" in explain_differences(left, {"items": {"num": 400, "fingerprint": "f"}})["items"]
+
+
+def test_reasons_in_two_words_have_their_korean() -> None:
+    reasons = ["one against two: another few-shot style", "another few-shot style"]
+    assert say_reasons(reasons, "ko") == "one 대 two: few-shot style: 다름; few-shot style: 다름"
+    void = "B: first tokens cannot tell the answer words apart in its tokenizer"
+    assert say_reasons([void], "ko") == "B: 그 토크나이저에서는 첫 토큰으로 답을 구별할 수 없음"

@@ -15,6 +15,7 @@ from scipy import stats
 import koat
 from koat.core.config_files import dump_yaml
 from koat.core.json_lines import read_lines
+from koat.report.comparison import list_notes
 from koat.workflows.comparing.compare import compare_targets
 from tests.tiny_base import call_koat
 from tests.workflows.scored_folders import make_answers, write_run, write_scores
@@ -106,6 +107,29 @@ def test_runs_that_differ_in_their_seed_are_one_subject(tmp_path: Path) -> None:
     assert comparison["seeds"] == [3, 1]
 
 
+def test_what_one_seed_cannot_say_is_said(tmp_path: Path) -> None:
+    base = write_scores(tmp_path / "base", WORSE)
+    runs = [write_run(tmp_path / f"ia3-{seed}", BETTER, seed=seed) for seed in range(2)]
+    lora = write_run(tmp_path / "lora", WORSE, rate=0.5, seed=1)
+
+    def note(*targets: Path) -> list[str]:
+        return [each for each in list_notes(compare(*targets)) if "one seed" in each]
+
+    assert note(base, *runs) == []
+    assert note(base, runs[0])[0].startswith("trained with one seed: ia3-0. ")
+    assert note(lora, *runs)[0].startswith("trained with one seed: lora. ")
+    assert any(each.startswith("시드 하나로 학습함: ia3-0, lora. ") for each in list_notes(compare(runs[0], lora), "ko"))
+
+
+def test_seeds_that_were_asked_differently_are_named(tmp_path: Path) -> None:
+    one = write_run(tmp_path / "ia3-0", BETTER, seed=0)
+    other = write_run(tmp_path / "ia3-1", BETTER, seed=1, conditions={"precision": "bfloat16"})
+    found = compare(one, other, write_scores(tmp_path / "base", WORSE))
+    assert found["comparisons"][0]["conditions"] == {"precision": "bfloat16 against float32: another precision"}
+    notes = list_notes(found)
+    assert "ia3-0 (2 seeds): its seeds were asked under different conditions (" in "\n".join(notes)
+
+
 def test_seeds_with_one_item_are_no_proof_and_no_crash(tmp_path: Path) -> None:
     seeds = [write_run(tmp_path / f"ia3-{seed}", {"0": True}, seed=seed) for seed in range(3)]
     status, out, error = call_koat("compare", *seeds, write_run(tmp_path / "lora", {"0": False}, rate=0.5))
@@ -174,9 +198,12 @@ def test_real_evaluations_are_compared(finished: Path, place: Path, tmp_path: Pa
         assert status == 0, error
     found = compare(tmp_path / "run", tmp_path / "base")
     assert [(each["task"], each["scoring"], each["num_items"]) for each in found["comparisons"]] == [
-        ("nsmc-prompt1", "first-token", 12),
         ("nsmc-prompt1", "likelihood", 12),
     ]
+    # The tiny tokenizer begins both answer words with the same token.
+    (refusal,) = found["refusals"]
+    assert (refusal["task"], refusal["scoring"], refusal["parts"]) == ("nsmc-prompt1", "first-token", ["scoring"])
+    assert refusal["reasons"][0].endswith(": first tokens cannot tell the answer words apart in its tokenizer")
     assert all(each["paired"] and each["conditions"] == {} for each in found["comparisons"])
 
 
@@ -188,11 +215,12 @@ def test_kgoats_table_says_what_500_items_tell_apart() -> None:
     first, second = found["comparisons"]
     assert first["p"] == pytest.approx(stats.chi2_contingency([[332, 168], [356, 144]], correction=False).pvalue)
     assert (first["better"], first["unsure"]) == (None, None)
-    assert first["needed"] == 1462
+    # One of two comparisons: (2.241403 + 0.841621)^2 where one alone has (1.959964 + 0.841621)^2 and needs 1,462.
+    assert first["needed"] == pytest.approx(1462 * (3.083024 / 2.801585) ** 2, rel=1e-3)
     assert second["better"] == "K(G)OAT"
     assert second["p_holm"] == pytest.approx(2 * second["p"])
     assert not first["paired"] and not second["paired"]
-    assert first["smallest"] == pytest.approx(0.086, abs=0.002)
+    assert first["smallest"] == pytest.approx(0.086 * 3.083024 / 2.801585, abs=0.002)
 
 
 def test_kgoats_whole_table_is_less_sure_of_it() -> None:
@@ -200,7 +228,7 @@ def test_kgoats_whole_table_is_less_sure_of_it() -> None:
     assert status == 0
     text = " ".join(out.split())
     assert "KoAlpaca and K(G)OAT cannot be told apart with 500 items" in text
-    assert "about 1,500 would be needed" in text
+    assert "about 2,300 would be needed" in text
     # 0.748 against 0.810: p = 0.018 alone; as the largest but one of six corrected p-values it is 0.052.
     assert re.search(
         r"K\(G\)OAT looks better than KoAlpaca by .* p = 0\.018\), but as one of 6 .*Holm p = 0\.052", text
@@ -245,7 +273,8 @@ def test_what_is_alike_is_compared_beside_what_is_refused(tmp_path: Path) -> Non
 def test_a_mean_of_probabilities_is_said_to_be_one(tmp_path: Path) -> None:
     other = {**THEIRS[1], "name": "third", "value": 0.40}
     found = compare(write_table(tmp_path / "all.yaml", THEIRS[1], other))
-    assert any("mc2 is a mean of values" in note for note in found["notes"])
+    assert any("mc2 is a mean of values" in note for note in list_notes(found))
+    assert any("mc2: 맞힌 비율이 아니라" in note for note in list_notes(found, "ko"))
 
 
 def test_counts_and_rates_are_the_same_thing(tmp_path: Path) -> None:

@@ -23,6 +23,9 @@ PHRASES = {
     "layout": "another layout of batches",
     "koat": "another version of koat",
 }
+MEANINGLESS = "first tokens cannot tell the answer words apart in its tokenizer"
+"""Why a score that means nothing is not ranked."""
+UNSAID = "one of the two does not say which"
 HASH = re.compile(r"[0-9a-f]{12,}")
 LONGEST = 40
 """Values longer than this are not shown."""
@@ -42,9 +45,21 @@ def explain_part(name: str, left: Any, right: Any) -> str:
     """Say how one part differs; values that say nothing to a reader (hashes, long texts) are left out."""
     phrase = PHRASES.get(name, f"another {name}")
     if left is _MISSING or right is _MISSING:
-        return f"{phrase}: one of the two does not say which"
+        return f"{phrase}: {UNSAID}"
+    if all(None in pair for pair in _list_leaves(left, right)):
+        return f"{phrase}: {UNSAID}"
     shown = ", ".join(_show_leaves(left, right))
     return f"{shown}: {phrase}" if shown else phrase
+
+
+def _list_leaves(left: Any, right: Any) -> Iterator[tuple[Any, Any]]:
+    """Yield the values that differ, None for one that is on one side alone."""
+    if isinstance(left, Mapping) and isinstance(right, Mapping):
+        for name in dict.fromkeys([*left, *right]):
+            if left.get(name) != right.get(name):
+                yield from _list_leaves(left.get(name), right.get(name))
+    else:
+        yield left, right
 
 
 def _show_leaves(left: Any, right: Any, key: str = "") -> Iterator[str]:

@@ -40,12 +40,21 @@ def average_tables(name: str, tables: Sequence[Sequence[float]]) -> Score:
     """Return the mean over tasks of their means over items, with its 95 % interval.
 
     The tasks are taken as they are, the items as a draw: each task adds its own variance over its own number of
-    items (normal interval). Of a single item, a share's largest variance is taken.
+    items (normal interval). Where a task's shares are all alike, as a single one is, its variance is taken from one
+    right and one wrong answer more (Laplace): a task whose few items are all right is no certainty.
     """
     value = fmean(fmean(table) for table in tables)
-    spread = [(variance(table) if len(table) > 1 else 0.25) / len(table) for table in tables]
+    spread = [_estimate_variance(table) / len(table) for table in tables]
     reach = NormalDist().inv_cdf(0.975) * sqrt(sum(spread)) / len(tables)
     low, high = value - reach, value + reach
     if all(0 <= each <= 1 for table in tables for each in table):
         low, high = max(0.0, low), min(1.0, high)
     return Score(name, value, low, high, sum(map(len, tables)))
+
+
+def _estimate_variance(table: Sequence[float]) -> float:
+    """Return the variance of a task's values."""
+    if min(table) < max(table) or not 0 <= table[0] <= 1:
+        return variance(table) if len(table) > 1 else 0.0
+    share = (sum(table) + 1) / (len(table) + 2)
+    return share * (1 - share)

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+FEW = 30
+"""So many items the bootstrap needs: drawn from fewer, its means spread too little."""
 NUM_SAMPLES = 10_000
 BLOCK = 2_000_000
 """Draws of the bootstrap that are held at once."""
@@ -61,17 +63,28 @@ def score_accuracy(right: Sequence[bool], *, meaningful: bool = True) -> Score:
 def score_values(name: str, values: Sequence[float]) -> Score:
     """Return the mean of items' values with its 95 % interval: Wilson's where all are 0 or 1, else the bootstrap's.
 
-    The bootstrap draws items (percentile interval); the same values give the same interval. One value alone says
-    nothing of the spread: it gets the whole range between 0 and 1.
+    The bootstrap draws items (percentile interval); the same values give the same interval. From fewer than `FEW`,
+    or from values that are all alike, its draws spread too little: then shares have Wilson's interval, which is
+    at least as wide, and other values the t test's. One value alone says nothing of the spread.
     """
-    if all(value in (0, 1) for value in values):
-        low, high = wilson_interval(sum(values), len(values))
-        return Score(name, sum(values) / len(values), low, high, len(values))
-    mean = float(np.mean(values))
-    if len(values) == 1:
-        return Score(name, mean, min(0.0, mean), max(1.0, mean), 1)
-    low, high = bootstrap_mean(values)
-    return Score(name, mean, low, high, len(values))
+    mean, num_items = float(np.mean(values)), len(values)
+    few = num_items < FEW or min(values) == max(values)
+    if few and num_items == 1 and values[0] not in (0, 1):
+        low, high = min(0.0, mean), max(1.0, mean)
+    elif all(value in (0, 1) for value in values) or (few and min(values) >= 0 and max(values) <= 1):
+        low, high = wilson_interval(sum(values), num_items)
+    else:
+        low, high = t_interval(values) if few else bootstrap_mean(values)
+    return Score(name, mean, low, high, num_items)
+
+
+def t_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
+    """Return Student's interval of the mean of values `[N]`, at least two of them."""
+    from scipy.stats import t
+
+    mean, error = float(np.mean(values)), float(np.std(values, ddof=1)) / sqrt(len(values))
+    reach = error * float(t.ppf((1 + confidence) / 2, len(values) - 1))
+    return mean - reach, mean + reach
 
 
 def bootstrap_mean(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from koat.evaluation.metrics import wilson_interval
+from koat.evaluation.metrics import FEW, wilson_interval
 from koat.evaluation.power import (
     ALPHA,
     Noise,
@@ -28,17 +28,16 @@ from koat.evaluation.spread import add_errors, count_freedom, split_variance
 NUM_SAMPLES = 10_000
 BLOCK = 2_000_000
 """Draws of the bootstrap that are held at once."""
-FEW = 30
-"""So many items the bootstrap needs: drawn from fewer, its means spread too little."""
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
     """The difference between two scores with its 95 % interval and p-value, and what the items could have shown.
 
-    `smallest` is the smallest difference that these items would have shown with a power of 0.8 (None: no
-    difference could), `noise` what one item brings. `only_left` and `only_right` count the items that one of two
-    alone answered right (None where an answer is more than right or wrong, or items are not known).
+    `noise` is what one item brings (`most_noise`: the other way round, where that brings more), `num_pairs` the
+    pairs of items that power counts with. `only_left` and
+    `only_right` count the items that one of two alone answered right (None where an answer is more than right or
+    wrong, or items are not known).
     """
 
     value: float
@@ -48,8 +47,9 @@ class Difference:
     test: str
     paired: bool
     num_items: int
-    smallest: float | None
+    num_pairs: float
     noise: Noise = field(compare=False, repr=False)
+    most_noise: Noise | None = field(default=None, compare=False, repr=False)
     only_left: int | None = None
     only_right: int | None = None
 
@@ -57,10 +57,17 @@ class Difference:
         """Return how many items would show this difference, as one of so many comparisons; None if none would."""
         return count_needed(self.value, self.noise, alpha=ALPHA / num_comparisons)
 
-    def to_mapping(self) -> dict[str, Any]:
-        """Return a JSON-safe mapping."""
-        names = ("value", "low", "high", "p", "test", "paired", "num_items", "smallest", "only_left", "only_right")
-        return {name: getattr(self, name) for name in names} | {"needed": self.count_needed()}
+    def find_smallest(self, num_comparisons: int = 1) -> float | None:
+        """Return the smallest difference that these items would have shown, as one of so many; None if none could."""
+        return find_smallest(self.num_pairs, self.most_noise or self.noise, alpha=ALPHA / num_comparisons)
+
+    def to_mapping(self, num_comparisons: int = 1) -> dict[str, Any]:
+        """Return a JSON-safe mapping; what was possible is said as one of so many comparisons."""
+        names = ("value", "low", "high", "p", "test", "paired", "num_items", "only_left", "only_right")
+        return {name: getattr(self, name) for name in names} | {
+            "smallest": self.find_smallest(num_comparisons),
+            "needed": self.count_needed(num_comparisons),
+        }
 
 
 def compare_answers(left: ArrayLike, right: ArrayLike) -> Difference:
@@ -80,8 +87,8 @@ def compare_answers(left: ArrayLike, right: ArrayLike) -> Difference:
     low, high = newcombe_paired(both, only_left, only_right, len(a))
     noise = noise_of_pairs(discordant / len(a))
     return Difference(
-        (only_right - only_left) / len(a), low, high, p, "exact McNemar", True, len(a),
-        find_smallest(len(a), noise), noise, only_left, only_right,
+        (only_right - only_left) / len(a), low, high, p, "exact McNemar", True, len(a), len(a), noise,
+        None, only_left, only_right,
     )  # fmt: skip
 
 
@@ -125,22 +132,29 @@ def compare_values(left: ArrayLike, right: ArrayLike, *, num_samples: int = NUM_
         deviation = max(deviation, sqrt(num_items) * find_least_error(value, num_items, num_items - 1))
     else:
         low, high, p = bootstrap_mean(differences, num_samples, seed)
-    noise = noise_of_means(deviation)
-    return Difference(value, low, high, p, test, True, num_items, find_smallest(num_items, noise), noise)
+    return Difference(value, low, high, p, test, True, num_items, num_items, noise_of_means(deviation))
 
 
 def bootstrap_mean(differences: np.ndarray, num_samples: int, seed: int) -> tuple[float, float, float]:
     """Return the percentile interval and the p-value of a mean of differences `[N]`.
 
-    The p-value is the share of draws, moved to a mean of zero, that lie as far out as the mean. Source: Efron and
-    Tibshirani (1993), An introduction to the bootstrap, sections 13.3 and 16.4.
+    The p-value is the share of draws, moved to a mean of zero, that lie as far out as the mean. Where none does, so
+    many draws cannot say how rare that is, and it is the t test's, if that is lower, and never below what flipping
+    signs could give. Source: Efron and Tibshirani (1993), An introduction to the bootstrap, sections 13.3 and 16.4.
     """
+    from scipy.stats import t
+
     value = float(differences.mean())
     means = draw_means(differences, num_samples, np.random.default_rng(seed))
     low, high = (float(bound) for bound in np.percentile(means, (2.5, 97.5)))
     # Sums in another order differ in their last digits; equal means must count as equal.
     num_beyond = int((np.abs(means - value) >= abs(value) - 1e-12).sum())
-    return low, high, (1 + num_beyond) / (1 + num_samples)
+    p = (1 + num_beyond) / (1 + num_samples)
+    if not num_beyond:
+        num_items, error = len(differences), float(differences.std(ddof=1)) / sqrt(len(differences))
+        by_t = float(2 * t.sf(abs(value) / error, num_items - 1)) if error else 0.0
+        p = min(p, max(by_t, 2.0 ** (1 - num_items)))
+    return low, high, p
 
 
 def draw_means(values: np.ndarray, num_samples: int, generator: np.random.Generator) -> np.ndarray:
@@ -153,12 +167,13 @@ def draw_means(values: np.ndarray, num_samples: int, generator: np.random.Genera
     return np.concatenate(blocks)
 
 
-def compare_seeds(left: np.ndarray, right: np.ndarray) -> Difference:
+def compare_seeds(left: np.ndarray, right: np.ndarray, trained: tuple[bool, bool] = (True, True)) -> Difference:
     """Compare two methods `[S, N]` (seeds, which may differ in number, and the same items, at least 2): t test.
 
     The error adds what items do to the mean difference per item and what seeds do to each method, with
-    Satterthwaite's degrees of freedom. Of a method with one seed, what another seed would do is not in it. One item
-    alone says nothing: its interval holds all that can be.
+    Satterthwaite's degrees of freedom. A method that was `trained` with one seed is taken to spread as the other
+    does; where both have one, nothing is known of it, and the difference is one of two runs. One item alone says
+    nothing: its interval holds all that can be.
     """
     _check_pairs(left.shape[1], right.shape[1])
     differences = right.mean(0) - left.mean(0)
@@ -167,16 +182,17 @@ def compare_seeds(left: np.ndarray, right: np.ndarray) -> Difference:
     if num_items < 2:
         return _say_nothing(value, test)
     items = float(differences.var(ddof=1))
-    several = [side for side in (left, right) if len(side) > 1]
+    alone = any(known and len(side) == 1 for side, known in zip((left, right), trained, strict=True))
+    several = [(side, 1 / len(side) + alone) for side in (left, right) if len(side) > 1]
     # What chance does to a seed on an item is in the variance over items and in that over seeds: counted once.
-    parts = [(split_variance(side), len(side)) for side in several]
-    twice = sum(part.rest / number for part, number in parts)
+    parts = [(split_variance(side), weight) for side, weight in several]
+    twice = sum(part.rest * weight for part, weight in parts)
     terms = [(max(0.0, items - twice) / num_items, num_items - 1)]
-    terms += [(float(side.mean(1).var(ddof=1)) / len(side), len(side) - 1) for side in several]
+    terms += [(float(side.mean(1).var(ddof=1)) * weight, len(side) - 1) for side, weight in several]
     low, high, p = judge_mean(value, num_items, terms)
     deviation = max(sqrt(items), sqrt(num_items) * find_least_error(value, num_items, num_items - 1))
-    noise = noise_of_means(deviation, sum(part.seed / number for part, number in parts))
-    return Difference(value, low, high, p, test, True, num_items, find_smallest(num_items, noise), noise)
+    noise = noise_of_means(deviation, sum(part.seed * weight for part, weight in parts))
+    return Difference(value, low, high, p, test, True, num_items, num_items, noise)
 
 
 def judge_mean(value: float, num_items: int, terms: Sequence[tuple[float, int]]) -> tuple[float, float, float]:
@@ -208,7 +224,7 @@ def find_least_error(value: float, num_items: int, freedom: float) -> float:
 
 def _say_nothing(value: float, test: str) -> Difference:
     """Return what one item shows of a difference: nothing, whatever it is."""
-    return Difference(value, -1.0, 1.0, 1.0, test, True, 1, None, noise_of_means(0.0))
+    return Difference(value, -1.0, 1.0, 1.0, test, True, 1, 1, noise_of_means(0.0))
 
 
 def compare_counts(left: float, num_left: int, right: float, num_right: int) -> Difference:
@@ -229,10 +245,9 @@ def compare_counts(left: float, num_left: int, right: float, num_right: int) -> 
     low, high = _square_and_add((left, num_left), (right, num_right), 0.0)
     share = left / num_left
     # Towards one half differences are hardest to see: the smaller of a share and its complement has room there.
-    smallest = find_smallest(2 / (1 / num_left + 1 / num_right), noise_of_counts(min(share, 1 - share)))
     return Difference(
-        right / num_right - share, low, high, p, test, False, min(num_left, num_right), smallest,
-        noise_of_counts(share),
+        right / num_right - share, low, high, p, test, False, min(num_left, num_right),
+        2 / (1 / num_left + 1 / num_right), noise_of_counts(share), noise_of_counts(min(share, 1 - share)),
     )  # fmt: skip
 
 

@@ -7,14 +7,15 @@ import io
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from koat.evaluation.published import COUNTED
 from koat.report.groups import list_group_rows, list_headings, title_group
-from koat.report.sentences import say_comparison, say_conditions, say_refusal, say_smallest
+from koat.report.sentences import say_comparison, say_conditions, say_reasons, say_refusal, say_smallest
 from koat.report.tables import format_score, make_console, make_table, print_table
 from koat.report.words import Language, say
 
 CSV_COLUMNS = (
     "task", "scoring", "contract", "left", "right", "better", "unsure", "value", "low", "high", "p", "p_holm",
-    "test", "paired", "num_items", "smallest", "needed", "needed_corrected", "only_left", "only_right", "sentence",
+    "test", "paired", "num_items", "smallest", "needed", "only_left", "only_right", "sentence",
 )  # fmt: skip
 COLUMNS = ("subject", "score", "num_items", "seeds", "over_seeds", "over_items", "calibration_error", "label_bias")
 
@@ -87,10 +88,19 @@ def say_whole(comparison: Mapping[str, Any], num_comparisons: int, language: Lan
 
 def list_notes(found: Mapping[str, Any], language: Language = "en") -> list[str]:
     """Return what a reader must know beside the figures."""
+    rows = [(column, row) for column in found["columns"] for row in column["rows"]]
     notes = list(found["notes"])
+    means = sorted({column["metric"] for column, row in rows if not row["by_item"] and column["metric"] not in COUNTED})
+    notes += [say("note_mean", language, name=name) for name in means]
+    alone = dict.fromkeys(row["subject"] for _, row in rows if len(row["seeds"]) == 1 and row["seeds"] != [None])
+    if alone and found["comparisons"]:
+        notes.append(say("note_one_seed", language, names=", ".join(alone)))
+    mixed = {row["subject"]: row["mixed_conditions"] for _, row in rows if row["mixed_conditions"]}
+    for name, reasons in mixed.items():
+        notes.append(say("note_mixed", language, name=name, reasons=say_reasons(reasons.values(), language)))
     if any(not comparison["paired"] for comparison in found["comparisons"]):
         notes.append(say("note_unpaired", language))
-    if any("spread" in row for column in found["columns"] for row in column["rows"]):
+    if any("spread" in row for _, row in rows):
         notes.append(say("note_spread", language))
     number = found["correction"]["num_comparisons"]
     if number > 1:

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from math import ceil, floor, log10
 from typing import Any
 
-from koat.evaluation.differences import PHRASES
-from koat.evaluation.significance import FEW
+from koat.evaluation.differences import MEANINGLESS, PHRASES, UNSAID
+from koat.evaluation.metrics import FEW
 from koat.report.words import Language
 
 MILLION = 1_000_000
@@ -83,14 +83,13 @@ def say_comparison(comparison: Mapping[str, Any], num_comparisons: int, language
     if turned:
         low, high = -high, -low
     kind = "better" if comparison["better"] else "unsure" if claimed else "open"
-    needed = comparison["needed_corrected" if claimed else "needed"]
     corrected = format_p(comparison["p_holm"])
     return words[kind].format(
         first=first, second=second, low=format_points(low), high=format_points(high),
         test=TESTS_KO.get(comparison["test"], comparison["test"]) if language == "ko" else comparison["test"],
         p=f"Holm {corrected}" if num_comparisons > 1 else corrected, p_alone=format_p(comparison["p"]),
         items=f"{comparison['num_items']:,}", num_comparisons=num_comparisons,
-        needed=say_needed(needed, comparison, language),
+        needed=say_needed(comparison["needed"], comparison, language),
     )  # fmt: skip
 
 
@@ -133,8 +132,9 @@ def say_reasons(reasons: Iterable[str], language: Language = "en") -> str:
         return joined
     for part, phrase in PHRASES.items():
         joined = re.sub(rf"\b{phrase}\b", PHRASES_KO[part], joined)
-    joined = re.sub(r"\banother (\w+)(?=;|: one|$)", r"\1: 다름", joined)
-    joined = joined.replace("one of the two does not say which", "한쪽은 밝히지 않음").replace(" against ", " 대 ")
+    joined = re.sub(r"\banother ([\w-]+(?: [\w-]+)*)(?=;|: one|$)", r"\1: 다름", joined)
+    joined = joined.replace(UNSAID, "한쪽은 밝히지 않음").replace(" against ", " 대 ")
+    joined = joined.replace(MEANINGLESS, "그 토크나이저에서는 첫 토큰으로 답을 구별할 수 없음")
     return re.sub(r"(\w+) of them in common", lambda found: f"공통 {found[1].replace('none', '0')}개", joined)
 
 

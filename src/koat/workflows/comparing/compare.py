@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, product
 from typing import Any
 
 import numpy as np
 
 from koat.core.errors import DataError
 from koat.evaluation.calibration import describe_choices
-from koat.evaluation.differences import explain_differences
+from koat.evaluation.differences import MEANINGLESS, explain_differences
 from koat.evaluation.power import ALPHA
-from koat.evaluation.published import COUNTED
 from koat.evaluation.significance import (
     Difference,
     compare_answers,
@@ -75,7 +74,7 @@ def compare_targets(
 def compare_subjects(subjects: Sequence[Subject]) -> dict[str, Any]:
     """Compare what may be compared, be it nothing, and return what `compare_targets` does."""
     columns = list(collect_columns(subjects))
-    pairs = [(column, left, right) for column in columns for left, right in combinations(column.cells, 2)]
+    pairs = [(column, *pair) for column in columns for pair in combinations(column.cells, 2) if can_tell(*pair)]
     differences = [measure_difference(left, right) for _, left, right in pairs]
     corrected = correct_holm([difference.p for difference in differences])
     comparisons = [
@@ -88,9 +87,9 @@ def compare_subjects(subjects: Sequence[Subject]) -> dict[str, Any]:
         "columns": [describe_column(column) for column in columns],
         "groups": set_groups_side_by_side(subjects),
         "comparisons": comparisons,
-        "refusals": list(find_refusals(subjects)),
+        "refusals": [*find_refusals(subjects), *find_meaningless(columns)],
         "correction": {"method": "Holm", "num_comparisons": len(pairs), "alpha": ALPHA},
-        "notes": [*notes, *note_means(columns)],
+        "notes": list(notes),
     }
 
 
@@ -148,8 +147,25 @@ def _sort_scores(subject: Subject) -> dict[str, dict[str, list[Scored]]]:
     return found
 
 
-def _refuse(left: str, mine: Scored, right: str, other: Scored) -> dict[str, Any]:
-    reasons = explain_differences(mine.contract.parts, other.contract.parts)
+def can_tell(left: Cell, right: Cell) -> bool:
+    """Whether both scores mean something: a way of scoring that does not fit a tokenizer says nothing of its model."""
+    return all(score.meaningful for cell in (left, right) for score in cell.scores)
+
+
+def find_meaningless(columns: Sequence[Column]) -> Iterator[dict[str, Any]]:
+    """Yield the pairs of which a score means nothing, and which is that."""
+    for column in columns:
+        for left, right in combinations(column.cells, 2):
+            void = [cell.subject for cell in (left, right) if not can_tell(cell, cell)]
+            if void:
+                reasons = {"scoring": f"{', '.join(void)}: {MEANINGLESS}"}
+                yield _refuse(left.subject, left.scores[0], right.subject, right.scores[0], reasons)
+
+
+def _refuse(
+    left: str, mine: Scored, right: str, other: Scored, reasons: dict[str, str] | None = None
+) -> dict[str, Any]:
+    reasons = reasons or explain_differences(mine.contract.parts, other.contract.parts)
     if "items" in reasons and mine.predictions and other.predictions:
         ours, theirs = mine.predictions, other.predictions
         # Rows of two files may have the same numbers and nothing else in common.
@@ -178,7 +194,7 @@ def explain_nothing(subjects: Sequence[Subject], refusals: Sequence[Mapping[str,
     ]
     return "\n  ".join(
         [
-            "nothing here may be ranked: the scores stand under different contracts.",
+            "nothing here may be ranked, and this is why:",
             *lines,
             "Evaluate them again on the same items, in the same way, by the same metric.",
         ]
@@ -198,7 +214,7 @@ def measure_difference(left: Cell, right: Cell) -> Difference:
         raise DataError(f"{left.subject} and {right.subject} have no items of {first.task} in common.")
     ours, theirs = left.to_table(ids), right.to_table(ids)
     if len(ours) > 1 or len(theirs) > 1:
-        return compare_seeds(ours, theirs)
+        return compare_seeds(ours, theirs, (left.seeds[0] is not None, right.seeds[0] is not None))
     if np.isin(ours, (0, 1)).all() and np.isin(theirs, (0, 1)).all():
         return compare_answers(ours[0] == 1, theirs[0] == 1)
     return compare_values(ours[0], theirs[0])
@@ -210,7 +226,8 @@ def describe_comparison(
     """Return one comparison with its verdict: which side is better, or that they cannot be told apart.
 
     A side is better when the corrected p-value is below 0.05 and the interval leaves out zero. `unsure` says that
-    this one comparison alone would have found a difference, but among so many it may be chance.
+    this one comparison alone would have found a difference, but among so many it may be chance; `smallest` and
+    `needed` are of one comparison among so many too.
     """
     apart = not difference.low <= 0 <= difference.high
     better = right.subject if difference.value > 0 else left.subject
@@ -219,11 +236,18 @@ def describe_comparison(
         "task": column.task, "scoring": column.scoring, "contract": left.scores[0].contract.hash,
         "left": left.subject, "right": right.subject,
         "better": better if sure else None, "unsure": better if alone and not sure else None,
-        **difference.to_mapping(), "p_holm": corrected,
-        "needed_corrected": difference.count_needed(num_comparisons),
-        "conditions": explain_differences(left.scores[0].conditions.parts, right.scores[0].conditions.parts),
+        **difference.to_mapping(num_comparisons), "p_holm": corrected,
+        "conditions": explain_conditions(left.scores, right.scores),
         "seeds": [len(left.scores), len(right.scores)],
     }  # fmt: skip
+
+
+def explain_conditions(left: Sequence[Scored], right: Sequence[Scored]) -> dict[str, str]:
+    """Return how the conditions of any of `left` differ from those of any of `right`, by part."""
+    found: dict[str, str] = {}
+    for mine, other in product(*({score.conditions.hash: score for score in side}.values() for side in (left, right))):
+        found = explain_differences(mine.conditions.parts, other.conditions.parts) | found
+    return found
 
 
 def describe_subject(subject: Subject) -> dict[str, Any]:
@@ -252,23 +276,9 @@ def describe_cell(cell: Cell) -> dict[str, Any]:
         "num_items": first.num_items, "seeds": cell.seeds, "values": [score.value for score in cell.scores],
         "meaningful": all(score.meaningful for score in cell.scores),
         "conditions": first.conditions.to_mapping(), "by_item": bool(first.predictions),
+        "mixed_conditions": explain_conditions(cell.scores, cell.scores),
     }  # fmt: skip
     if len(cell.scores) > 1:
         spread = measure_spread(cell.to_table(sorted(first.predictions)))
         row |= {"value": spread.mean, "low": spread.low, "high": spread.high, "spread": spread.to_mapping()}
     return row | describe_choices(list(first.predictions.values()), first.scoring, first.contract.parts)
-
-
-def note_means(columns: Sequence[Column]) -> list[str]:
-    """Return a note for each published metric that is a mean of values and no share of items."""
-    names = {
-        cell.scores[0].metric
-        for column in columns
-        for cell in column.cells
-        if not cell.scores[0].predictions and cell.scores[0].metric not in COUNTED
-    }
-    return [
-        f"{name} is a mean of values between 0 and 1 and no share of items; such values vary at most as answers that "
-        "are right or wrong do, so its intervals and p-values are on the safe side."
-        for name in sorted(names)
-    ]
