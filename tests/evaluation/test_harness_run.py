@@ -21,6 +21,7 @@ from lm_eval.models.huggingface import HFLM
 from koat.core.errors import ConfigError
 from koat.evaluation.differences import explain_differences
 from koat.evaluation.harness.contract import to_plain
+from koat.evaluation.harness.contract import describe_shots
 from koat.evaluation.harness.lm import HarnessOptions, KoatLM
 from koat.evaluation.harness.run import evaluate_harness
 from koat.evaluation.harness.tasks import HarnessTask, Sources, find_name, load_leaves, open_manager, set_shots
@@ -123,6 +124,18 @@ def test_scores_are_the_harness_own(
             assert row["correct"][scoring] == pytest.approx(float(sample[scoring.partition(",")[0]]), abs=1e-4)
         for logprob, (value, _) in zip(row.get("logprobs", {}).values(), sample["filtered_resps"], strict=False):
             assert logprob == pytest.approx(value, abs=1e-3)
+
+
+def test_every_row_that_shots_are_drawn_from_is_in_the_contract(words: Sources) -> None:
+    def describe() -> dict[str, Any]:
+        return describe_shots(load_one("own_words", words, 1))
+
+    path = words.data_dir / "words.jsonl"  # type: ignore[operator]
+    first, rows = describe(), [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert describe() == first
+    rows[1]["q"] = "다른 문장"  # neither the first nor the last of the three
+    path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    assert describe()["source"] != first["source"]
 
 
 def test_a_prediction_says_what_was_asked_and_answered(lms: tuple[Callable[..., KoatLM], HFLM], words: Sources) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import shutil
 from dataclasses import replace
@@ -227,9 +228,13 @@ def test_a_task_that_fails_costs_nothing_of_those_before(
     with pytest.raises(ZeroDivisionError):
         koat.evaluate(run, tasks=[TASK, "nsmc-prompt2"], data=reviews["test"], num_shots=0)
     (kept,) = (run / "predictions").glob("*.scores.json")
-    assert kept.name == "unfinished.scores.json"
+    assert re.fullmatch(r"unfinished-\w{8}\.scores\.json", kept.name)
     assert [result["task"] for result in json.loads(kept.read_text(encoding="utf-8"))["results"]] == [TASK]
     monkeypatch.setitem(ASK, kind, ask_own)
+    koat.evaluate(run, tasks=["nsmc-prompt2"], data=reviews["test"], num_shots=0, limit=3)
+    assert kept.is_file()  # another evaluation is none of its business
+    (other,) = set((run / "predictions").glob("*.scores.json")) - {kept}
+    other.unlink()
     koat.evaluate(run, tasks=[TASK, "nsmc-prompt2"], data=reviews["test"], num_shots=0)
     (whole,) = (run / "predictions").glob("*.scores.json")
     assert len(json.loads(whole.read_text(encoding="utf-8"))["results"]) == 2
@@ -323,6 +328,29 @@ def test_a_run_on_a_base_from_the_hub_goes_on_with_it(place: Path, tmp_path: Pat
     run = finetune_run(resolved, tmp_path / "run", resume=True)
     assert run.is_complete() and run.read_manifest()["base"]["commit"] == "a" * 40
     assert run.read_config()["model"].get("revision") is None
+
+
+def test_two_bases_whose_names_read_alike_are_kept_apart(
+    place: Path, reviews: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in (tmp_path / "a", tmp_path / "work" / "a"):
+        shutil.copytree(place / "base", folder / "base")
+    monkeypatch.chdir(tmp_path / "work")
+    for target in ("a/base", "../a/base", "./a/base"):
+        koat.evaluate(target, tasks=[TASK], data=reviews["test"], num_shots=0)
+    found = sorted(path.parent.name for path in Path("evaluations").glob("*/*.scores.json"))
+    assert len(found) == 2 and found[0] == "a-base" and re.fullmatch(r"a-base-\w{8}", found[1])
+
+
+def test_a_task_s_name_makes_no_folders(finished: Path, reviews: dict[str, Path], tmp_path: Path) -> None:
+    run = shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(run / "predictions", ignore_errors=True)
+    own = tmp_path / "mine.yaml"
+    own.write_text(yaml.safe_dump({**load_task(TASK).model_dump(mode="json"), "name": "../긍정/부정"}), encoding="utf-8")
+    koat.evaluate(run, tasks=[str(own)], data=reviews["test"], num_shots=0)
+    assert sorted(path.name for path in (run / "predictions").iterdir()) == [
+        "..-긍정-부정-0shot-seed1234.jsonl", "..-긍정-부정-0shot-seed1234.scores.json"
+    ]  # fmt: skip
 
 
 def test_two_tasks_of_one_name_are_refused(finished: Path, reviews: dict[str, Path], tmp_path: Path) -> None:

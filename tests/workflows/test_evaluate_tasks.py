@@ -178,6 +178,10 @@ def test_the_leaderboard_runs_on_local_files(tmp_path: Path) -> None:
         (["--task", "local_arc_easy", "--data-dir", "{files}", "--apply-chat-template"], "has no chat template"),
         (["--task", "local_arc_easy", "--data-dir", "{files}", "--limit", "0"], "a limit of 0 items leaves nothing"),
         (["--task", "own_words", "--include-path", "{files}/none"], "there is no such folder"),
+        (["--task", "context-qa", "--data", "{files}/qa.json", "--seed", "9"], "--seed says nothing to context-qa"),
+        (["--task", "context-qa", "--data", "{files}/qa.json", "--data-dir", "{files}"], "--data-dir says nothing"),
+        (["--task", "context-qa", "--data", "{files}/qa.json", "--shots-from", "x"], "--shots-from says nothing"),
+        (["--task", "local_arc_easy", "--data-dir", "{files}", "--data", "mine.tsv"], "have their own items"),
     ],
 )
 def test_bad_input_is_one_message(place: Path, files: Path, arguments: list[str], message: str) -> None:

@@ -229,7 +229,7 @@ def test_a_published_table_from_the_command_line(tmp_path: Path) -> None:
     assert page.found[0] == ("html", {"lang": "ko"})
     assert page.sections == ["answer", "asked", "scores", "differences", "reproduce", "notes"]
     assert "K(G)OAT scores highest (71.2 %, 67.1–75.0)" in page.text
-    assert "with 500 items cannot be told apart from KoAlpaca (about 1,500 would tell)" in page.text
+    assert "with 500 items cannot be told apart from KoAlpaca (about 2,300 would tell)" in page.text
 
 
 def test_what_may_not_be_ranked_is_said_first(tmp_path: Path) -> None:

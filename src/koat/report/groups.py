@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from koat.report.tables import format_score
 from koat.report.words import Language, say
 
+MEAN_OVER_TASKS = re.compile(r"(.+) mean over (\d+) tasks")
 HEADINGS = ("task", "metric", "shots", "num_items")
 
 
@@ -33,6 +35,8 @@ def list_group_rows(table: Mapping[str, Any], language: Language = "en") -> list
 
 def _say(text: str, language: Language) -> str:
     """Return a text that koat wrote in a language; names of tasks and metrics stay as they are."""
+    if weighed := MEAN_OVER_TASKS.fullmatch(text):
+        return say("mean_over_tasks", language, metric=weighed[1], number=weighed[2])
     return say(text, language) if text in ("mean", "mean_of_rows", "alike_items", "alike_tasks") else text
 
 

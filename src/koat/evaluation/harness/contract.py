@@ -18,8 +18,8 @@ SHOT_FORM = ("doc_to_text", "doc_to_target", "doc_to_choice", "fewshot_delimiter
 METRIC_FACTS = ("metric", "aggregation", "higher_is_better", "hf_evaluate")
 
 
-def make_harness_contract(asked: HarnessTask, samples: Samples, scoring: str) -> Parts:
-    """Pin what a score under `scoring` (`acc`, or `exact_match,strict-match`) means."""
+def make_harness_contract(asked: HarnessTask, samples: Samples, scoring: str, shots: Mapping[str, Any]) -> Parts:
+    """Pin what a score under `scoring` (`acc`, or `exact_match,strict-match`) means; `shots` is `describe_shots`'."""
     config, items = asked.task.config, samples.items
     metric, name = samples.list_scorings()[scoring]
     how: dict[str, Any] = {"by": asked.task.OUTPUT_TYPE}
@@ -34,7 +34,7 @@ def make_harness_contract(asked: HarnessTask, samples: Samples, scoring: str) ->
                 "num": len(items),
                 "fingerprint": hash_value([[row["doc_id"], row["doc_hash"], row["target_hash"]] for row in items]),
             },
-            "shots": describe_shots(asked),
+            "shots": shots,
             "prompt": {
                 "source": to_plain(getattr(config, "doc_to_text", None) or type(asked.task)),
                 "version": to_plain(asked.task.VERSION),
@@ -57,12 +57,12 @@ def describe_shots(asked: HarnessTask) -> dict[str, Any]:
     config, pool = asked.task.config, list_pool(asked.task)
     form = getattr(asked.task, "fewshot_cfg", config)
     first = getattr(form, "sampler", "") == "first_n"
-    drawn_from = list(pool[: asked.num_shots]) if first else [len(pool), *pool[:1], *pool[-1:]]
+    drawn_from = pool[: asked.num_shots] if first else pool
     return {
         "num": asked.num_shots,
         "rule": "first rows" if first else "per-item",
         **({} if first else {"seed": asked.seed}),
-        "source": hash_value(to_plain(drawn_from)),
+        "source": hash_value([hash_value(to_plain(row)) for row in drawn_from]),
         "form": {
             part: to_plain(value)
             for part in SHOT_FORM

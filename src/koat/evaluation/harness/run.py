@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 
-from koat.evaluation.harness.contract import make_harness_contract
+from koat.evaluation.harness.contract import describe_shots, make_harness_contract
 from koat.evaluation.harness.lm import KoatLM
 from koat.evaluation.harness.samples import predict_samples, sort_metrics, sort_samples
 from koat.evaluation.harness.tasks import HarnessTask, import_lm_eval
@@ -35,7 +35,8 @@ def evaluate_harness(lm: KoatLM, asked: HarnessTask, limit: int | None, *, chat_
     seconds = time.perf_counter() - started
     samples = sort_samples(asked.task, found["samples"][asked.name])
     metrics = sort_metrics(samples, found["results"][asked.name])
-    contracts = {name: make_harness_contract(asked, samples, name) for name in metrics.by_item}
+    shots = describe_shots(asked)
+    contracts = {name: make_harness_contract(asked, samples, name, shots) for name in metrics.by_item}
     notes = [*note_cuts(lm), *metrics.notes]
     for note in note_cuts(lm):
         log.warning("%s: %s", asked.name, note)

@@ -35,7 +35,8 @@ def list_lines(group: Mapping[str, Any]) -> Iterator[tuple[Table, Line, Mapping[
     for view in group.get("views", ()):
         table = (group["group"], group["title"], view["name"], contracts)
         for row in view["rows"]:
-            yield table, (row["label"], row["scoring"], row["num_shots"], row["num_items"]), row
+            metric = " ".join(part for part in (row["scoring"], row.get("weighed")) if part)
+            yield table, (row["label"], metric, row["num_shots"], row["num_items"]), row
         yield table, ("mean", "mean_of_rows", None, None), {"value": view["mean"]}
     for scoring, mean in group.get("means", {}).items():
         for weigh in ("items", "tasks"):

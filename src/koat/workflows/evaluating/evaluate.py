@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from collections.abc import Sequence as ListLike
 from pathlib import Path
@@ -21,8 +22,8 @@ from koat.workflows.out_of_memory import TO_EVALUATE, explain_out_of_memory
 __all__ = ["Subject", "evaluate_subject", "load_subject", "open_subject"]
 
 OnProgress = Callable[[str, int, int], None]
-UNFINISHED = "unfinished.scores.json"
-"""Holds what is there of an evaluation whose other tasks are still asked."""
+UNFINISHED = "unfinished-{}.scores.json"
+"""Holds what is there of an evaluation whose other tasks are still asked; in its name, the hash of what was asked."""
 PROBE = "probe.txt"
 LONGEST_NAME = 100
 """Characters of a file's name; longer lists of tasks are told apart by a hash."""
@@ -72,7 +73,7 @@ def evaluate_exam(
     found: dict[Key, TaskResult] = {}
     stems: list[str] = []
     report = begin_report(subject, exam)
-    draft = subject.predictions / UNFINISHED
+    draft = subject.predictions / UNFINISHED.format(hash_value(report["asked"])[:8])
     probe = subject.predictions / PROBE
     write_text(probe, "")  # a folder that cannot be written is found now, not after hours
     remove(probe)
@@ -126,7 +127,8 @@ def pick_stem(folder: Path, stem: str, own: dict[str, Any]) -> str:
 def name_variant(found: TaskResult) -> str:
     """Return a name for a task with its shots and their seed."""
     seed = "" if found.shot_seed is None else f"-seed{found.shot_seed}"
-    return f"{found.task}-{found.num_shots}shot{seed}"
+    name = re.sub(r"[/\\]", "-", found.task)  # which would be folders
+    return f"{name}-{found.num_shots}shot{seed}"
 
 
 def read_first(path: Path) -> dict[str, Any]:

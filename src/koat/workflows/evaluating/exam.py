@@ -10,7 +10,7 @@ from koat.core.errors import ConfigError
 from koat.evaluation.answer_task import AnswerTask, adjust_answers
 from koat.evaluation.catalogue import is_own, list_tasks, load_task
 from koat.evaluation.group_means import average_group
-from koat.evaluation.harness.tasks import Sources, find_name, load_leaves, open_manager, set_shots
+from koat.evaluation.harness.tasks import HarnessTask, Sources, find_name, load_leaves, open_manager, set_shots
 from koat.evaluation.result import TaskResult
 from koat.evaluation.task import Task, adjust_task
 from koat.evaluation.task_group import TaskGroup, make_views
@@ -85,6 +85,14 @@ class Exam:
         return list(keys.values())
 
 
+USED_BY: dict[str, tuple[str, tuple[type[Any], ...], str]] = {
+    "data": ("--data", (Task, AnswerTask), "lm-eval's tasks have their own items, local ones in --data-dir"),
+    "shots": ("--shots-from", (Task,), "only koat's choice tasks draw their examples from it"),
+    "seed": ("--seed", (Task, HarnessTask), "they show no solved examples that a seed would draw"),
+    "data_dir": ("--data-dir", (HarnessTask,), "it is for lm-eval's tasks; koat's own read --data"),
+    "include_path": ("--include-path", (HarnessTask,), "it is for lm-eval's tasks; koat's own are named by their file"),
+}
+"""What the caller may say beside the tasks, and the kinds of tasks that listen."""
 ADD: dict[type[Any], Callable[[Exam, Any], Any]] = {
     Task: Exam.add_choices,
     AnswerTask: Exam.add_answers,
@@ -103,7 +111,15 @@ def gather_exam(names: Sequence[str], asking: Asking) -> Exam:
         exam.manager = open_manager(wanted, _find_sources(asking), list_tasks())
     for each in found:
         ADD[type(each)](exam, each)
+    refuse_unused(exam)
     return exam
+
+
+def refuse_unused(exam: Exam) -> None:
+    """Raise ConfigError for a file, folder or seed that none of the tasks reads."""
+    for name, (option, kinds, hint) in USED_BY.items():
+        if getattr(exam.asking, name) is not None and not any(isinstance(task, kinds) for task in exam.tasks.values()):
+            raise ConfigError(f"{option} says nothing to {', '.join(exam.names)}: {hint}. Leave it away.")
 
 
 def _list_harness_names(found: Any) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -13,6 +14,7 @@ from torch import nn
 from koat.adapters.attach import restore_adapter
 from koat.core.settings import ModelSettings
 from koat.data.prompts import PromptTemplate
+from koat.evaluation.contract import hash_value
 from koat.forest.choose import choose_layout
 from koat.forest.score import Layout
 from koat.forest.verify import Verification
@@ -52,8 +54,30 @@ def open_subject(target: str, settings: ModelSettings | None = None, out: Path |
         return replace(subject, template=trained.read_template(), target=target, loading=loading)
     settings = with_base(settings, target)
     name = re.sub(r"[^\w.-]+", "-", target).strip("-.") or "base"
-    subject = load_subject(name, settings, None, out or Path("evaluations") / name)
+    subject = load_subject(name, settings, None, out or choose_folder(name, target))
     return replace(subject, target=target, loading=describe_loading(settings, target))
+
+
+def choose_folder(name: str, target: str) -> Path:
+    """Return the folder for a base model's predictions: its name's, with a hash where that one is another model's."""
+    folder = Path("evaluations") / name
+    kept = {locate(other) for path in folder.glob("*.scores.json") if (other := read_target(path))}
+    if not kept or locate(target) in kept:
+        return folder
+    return folder.with_name(f"{name}-{hash_value(locate(target))[:8]}")
+
+
+def locate(target: str) -> str:
+    """Return what a model's name stands for: a folder's place, or the name on the Hub."""
+    return str(Path(target).resolve()) if Path(target).is_dir() else target
+
+
+def read_target(path: Path) -> str:
+    """Return what a file of scores says that it evaluated; empty where it does not say or is damaged."""
+    try:
+        return str(json.loads(path.read_text(encoding="utf-8"))["asked"]["target"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return ""
 
 
 def describe_loading(settings: ModelSettings | None, target: str) -> dict[str, str]:
