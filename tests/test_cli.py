@@ -323,7 +323,7 @@ def limit_files(num_bytes: int) -> Iterator[None]:
 
 FULL = {
     "metrics": (6_000, 40, r"cannot write .*metrics\.jsonl"),
-    "checkpoint": (4_000, 5, r"cannot write .*step-000001"),
+    "checkpoint": (2_300, 5, r"cannot write .*step-000001"),
     "adapter": (6_000, 5, r"cannot write .*adapter"),
 }
 """What does not fit any more: bytes a file may have, steps of the run, the message."""
