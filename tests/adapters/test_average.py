@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -123,6 +124,13 @@ def test_dora_has_no_low_rank_mean(make_model, randomise, tmp_path) -> None:
     found = [save(make_model, randomise, tmp_path / str(n), LoraSettings(dora=True), n) for n in range(2)]
     with pytest.raises(AdapterError, match="more than a plain low-rank update"):
         average_adapters(found)
+
+
+@pytest.mark.parametrize("more", [{"target_parameters": ["mlp.experts.down_proj"]}, {"init_lora_weights": "pissa"}])
+def test_what_is_no_plain_low_rank_update_has_no_mean(make_model, randomise, tmp_path, more) -> None:
+    found = [save(make_model, randomise, tmp_path / str(n), LoraSettings(), n) for n in range(2)]
+    with pytest.raises(AdapterError, match=f"more than a plain low-rank update .*{next(iter(more))}"):
+        average_adapters([found[0], replace(found[1], config={**found[1].config, **more})])
 
 
 def test_one_adapter_has_no_mean(make_model, randomise, tmp_path) -> None:

@@ -20,8 +20,7 @@ from lm_eval.models.huggingface import HFLM
 
 from koat.core.errors import ConfigError
 from koat.evaluation.differences import explain_differences
-from koat.evaluation.harness.contract import to_plain
-from koat.evaluation.harness.contract import describe_shots
+from koat.evaluation.harness.contract import describe_shots, to_plain
 from koat.evaluation.harness.lm import HarnessOptions, KoatLM
 from koat.evaluation.harness.run import evaluate_harness
 from koat.evaluation.harness.tasks import HarnessTask, Sources, find_name, load_leaves, open_manager, set_shots

@@ -12,9 +12,10 @@ from peft import IA3Config, LoraConfig, PeftModel, get_peft_model, get_peft_mode
 
 from koat.adapters.attach import attach_adapter, read_adapter_state
 from koat.adapters.methods import Ia3Settings, LoraSettings
+from koat.core.errors import TrainingError
 from koat.core.sequence import Sequence, supervise_from
 from koat.core.settings import TrainingSettings
-from koat.forest.score import Layout, make_padded
+from koat.forest.score import Layout, cut_sequences, make_padded
 from koat.forest.verify import verify_layout
 from koat.training.loop import accumulate_gradients, measure_loss, schedule_rate, train
 from koat.training.sampler import plan_steps
@@ -171,13 +172,26 @@ def test_loss_is_divided_once_by_the_supervised_tokens_of_the_step(
 
 
 def test_measured_loss_is_the_mean_over_supervised_tokens(
-    make_model: Callable[..., Any], examples: list[Sequence], layout: Layout, accelerator: Any
+    make_model: Callable[..., Any],
+    make_settings: Callable[..., Any],
+    examples: list[Sequence],
+    layout: Layout,
+    accelerator: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    model = make_model("llama")
+    model, settings = make_model("llama"), make_settings(tokens_per_microbatch=64, max_row_length=24)
+    asked: list[int | None] = []
+
+    def cut(sequences: Any, layout: Any, budget: int, longest: int | None = None) -> Any:
+        asked.append(longest)
+        return cut_sequences(sequences, layout, budget, longest)
+
+    monkeypatch.setattr("koat.training.loop.cut_sequences", cut)
     expected = float(sum_losses(model, examples)) / sum(s.num_supervised for s in examples)
     before = torch.get_rng_state()
-    assert measure_loss(model, examples, layout, 64, accelerator) == pytest.approx(expected, rel=1e-5)
+    assert measure_loss(model, examples, layout, settings, accelerator) == pytest.approx(expected, rel=1e-5)
     assert torch.equal(before, torch.get_rng_state())
+    assert asked == [24]  # rows as long as training's: dense masks cost the square
 
 
 @pytest.mark.parametrize("num_steps", [1, 10, 37])
@@ -273,6 +287,23 @@ def test_the_best_adapter_is_kept_unless_the_last_is_wanted(
         assert (result.kept_step, result.state.best_step, result.state.best_loss) == (step, 2, 0.4)
         assert all(torch.equal(kept[name], tensor) for name, tensor in states[step - 1].items())
         assert not all(torch.equal(states[1][name], tensor) for name, tensor in states[4].items())
+
+
+def test_a_validation_loss_that_is_no_number_ends_the_run(
+    make_model: Callable[..., Any],
+    make_settings: Callable[..., Any],
+    examples: list[Sequence],
+    layout: Layout,
+    accelerator: Any,
+) -> None:
+    """Kept as the best, it would stay the best: no number is less than one that is none."""
+    scores = iter([0.5, math.nan, 0.1])
+    settings = make_settings(validate_every=1)
+    with pytest.raises(TrainingError, match="Step 2: validation loss nan"):
+        train(
+            attach_adapter(make_model("llama"), METHODS["ia3"][0]), examples, layout, settings,
+            accelerator=accelerator, validate=lambda model: next(scores),
+        )  # fmt: skip
 
 
 def test_gradients_are_clipped_and_their_norm_reported(

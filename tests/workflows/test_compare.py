@@ -118,7 +118,9 @@ def test_what_one_seed_cannot_say_is_said(tmp_path: Path) -> None:
     assert note(base, *runs) == []
     assert note(base, runs[0])[0].startswith("trained with one seed: ia3-0. ")
     assert note(lora, *runs)[0].startswith("trained with one seed: lora. ")
-    assert any(each.startswith("시드 하나로 학습함: ia3-0, lora. ") for each in list_notes(compare(runs[0], lora), "ko"))
+    assert any(
+        each.startswith("시드 하나로 학습함: ia3-0, lora. ") for each in list_notes(compare(runs[0], lora), "ko")
+    )
 
 
 def test_seeds_that_were_asked_differently_are_named(tmp_path: Path) -> None:

@@ -346,7 +346,9 @@ def test_a_task_s_name_makes_no_folders(finished: Path, reviews: dict[str, Path]
     run = shutil.copytree(finished, tmp_path / "run")
     shutil.rmtree(run / "predictions", ignore_errors=True)
     own = tmp_path / "mine.yaml"
-    own.write_text(yaml.safe_dump({**load_task(TASK).model_dump(mode="json"), "name": "../긍정/부정"}), encoding="utf-8")
+    own.write_text(
+        yaml.safe_dump({**load_task(TASK).model_dump(mode="json"), "name": "../긍정/부정"}), encoding="utf-8"
+    )
     koat.evaluate(run, tasks=[str(own)], data=reviews["test"], num_shots=0)
     assert sorted(path.name for path in (run / "predictions").iterdir()) == [
         "..-긍정-부정-0shot-seed1234.jsonl", "..-긍정-부정-0shot-seed1234.scores.json"

@@ -58,6 +58,15 @@ def test_vllm_takes_lora_as_it_is_and_not_ia3(place: Path, finished: Path, tmp_p
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.parametrize("more", [{"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"bias": "lora_only"}])
+def test_vllm_is_given_no_lora_that_it_refuses(place: Path, tmp_path: Path, more: dict[str, Any]) -> None:
+    lora = make_lora(place, tmp_path / "lora")
+    config = json.loads((lora / "adapter_config.json").read_text(encoding="utf-8"))
+    (lora / "adapter_config.json").write_text(json.dumps({**config, **more}), encoding="utf-8")
+    with pytest.raises(koat.AdapterError, match=f"LORA with {next(iter(more))}.*Leave --adapter away"):
+        export_model(lora, "vllm", tmp_path / "other", as_adapter=True)
+
+
 def test_an_exported_adapter_is_replaced_when_asked(place: Path, tmp_path: Path) -> None:
     run, out = tmp_path / "lora", tmp_path / "served"
     flags = ["--base", place / "base", "--data", place / "rows.jsonl", "--method", "lora", "--out", run]

@@ -12,16 +12,17 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import koat
 from koat.adapters.attach import attach_adapter, restore_adapter, save_adapter
 from koat.adapters.methods import Ia3Settings, LoraSettings
 from koat.core.settings import ModelSettings
 from koat.model import load_model, load_tokenizer
+from koat.quantise.weights import dequantise, list_quantised
 from koat.workflows.sharing import merge as merging
 from koat.workflows.sharing.merge import merge_run
-from tests.tiny_base import call_koat, make_environment, make_rows, write_rows
+from tests.tiny_base import VOCABULARY, call_koat, make_environment, make_rows, write_rows
 
 IDS = torch.arange(3, 40)[None]
 FILES = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "prompt_template.json"}
@@ -219,6 +220,53 @@ def test_a_merged_nano_writes_what_the_adapter_wrote(settings: Any, randomise: A
         ]
         assert torch.equal(said[0], said[1])
         assert not torch.equal(said[0], said[2])
+
+
+@pytest.mark.parametrize("quantisation", ["nf4-double", "8bit"])
+def test_the_base_that_was_trained_on_is_the_one_merged_into(quantisation: str, place: Path, tmp_path: Path) -> None:
+    """Codes are of the type that was quantised: by default bfloat16, whatever type the base is stored in."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed; quantised bases need it")
+    load_tokenizer(ModelSettings(base=str(place / "base"))).save_pretrained(tmp_path / "base")
+    shape = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2
+    )
+    LlamaForCausalLM(shape).half().save_pretrained(tmp_path / "base")
+    base = {"base": str(tmp_path / "base"), "quantisation": quantisation, "device": "cpu"}
+    settings = {
+        "model": base, "data": {"train": [str(write_rows(tmp_path / "rows.jsonl", make_rows(8)))]},
+        "training": {"max_steps": 1, "batch_size": 4},
+    }  # fmt: skip
+    run = koat.finetune(settings, out=tmp_path / "run")
+    trained = load_model(ModelSettings(**base))
+    layers = {name: dequantise(module) for name, module in list_quantised(trained).items()}
+    vectors = load_file(run.adapter / "adapter_model.safetensors")
+    merged = AutoModelForCausalLM.from_pretrained(merge_run(run.path, tmp_path / "merged", dtype="float32").folder)
+    name = "model.layers.0.self_attn.k_proj"
+    scale = vectors[f"base_model.model.{name}.ia3_l"].float()
+    torch.testing.assert_close(merged.get_submodule(name).weight, scale * layers[name], rtol=1e-6, atol=1e-7)
+
+
+def test_settings_of_generation_that_transformers_does_not_save(place: Path, finished: Path, tmp_path: Path) -> None:
+    """Published bases have a temperature and no sampling; transformers opens such a file and refuses to write it."""
+    base = shutil.copytree(place / "base", tmp_path / "base")
+    own = {"temperature": 0.9, "top_p": 0.6}
+    (base / "generation_config.json").write_text(json.dumps(own), encoding="utf-8")
+    settings = {
+        "model": {"base": str(base)}, "data": {"train": [str(place / "rows.jsonl")]},
+        "adapter": {"method": "full"}, "training": {"max_steps": 1},
+    }  # fmt: skip
+    run = koat.finetune(settings, out=tmp_path / "full")
+    done = merge_run(finished, tmp_path / "merged", settings=ModelSettings(base=str(base)))
+    for folder in (run.adapter, done.folder):
+        kept = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
+        assert {name: kept.get(name) for name in own} == own
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_a_type_that_is_none_is_refused(run: Path, tmp_path: Path) -> None:
+    for dtype in ("bf16", "int8"):
+        with pytest.raises(koat.ConfigError, match="stored as auto, float32, bfloat16, float16"):
+            koat.merge(run, out=tmp_path / "merged", dtype=dtype)
 
 
 @pytest.mark.parametrize("quantisation", ["nf4-double", "8bit"])

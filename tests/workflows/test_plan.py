@@ -7,9 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoConfig
 
 import koat
 from koat.adapters.methods import METHODS
+from koat.model import build_empty
+from koat.quantise.weights import read_linear_shapes
+from koat.workflows.planning.pace import count_active_experts
 from tests.tiny_base import VOCABULARY, call_koat, need_shared
 
 
@@ -110,6 +114,19 @@ def test_a_calibration_gives_a_pace(place: Path) -> None:
     assert 0 < pace["tokens_per_second"] <= pace["matrix_rate"] / pace["flops_per_token"]
     status, out, _ = call_koat("plan", "--base", place / "base", "--method", "ia3", "--calibrate")
     assert "estimated speed" in out
+
+
+def test_a_pace_counts_the_experts_that_a_token_meets() -> None:
+    """Mixtral 8x7B: 12.9 billion of its 46.7 billion parameters are active for a token (Jiang et al. 2024)."""
+    config = AutoConfig.for_model("mixtral", num_experts_per_tok=2, num_local_experts=8)
+    empty = build_empty(config)
+    experts = count_active_experts(empty, config)
+    assert experts == 32 * 2 * 3 * 4096 * 14336
+    linear = sum(inputs * outputs for inputs, outputs in read_linear_shapes(empty).values())
+    head = empty.get_output_embeddings().weight.numel()
+    # Less the embeddings, as large as the head, which multiply nothing.
+    assert linear + head + experts == pytest.approx(12.9e9 - head, rel=0.01)
+    assert count_active_experts(build_empty(AutoConfig.for_model("llama")), AutoConfig.for_model("llama")) == 0
 
 
 def test_a_plan_for_people_shows_the_count_and_the_settings(place: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from huggingface_hub import constants
 
-from koat.core.errors import HubError, RunFolderError
+from koat.core.errors import AdapterError, HubError, RunFolderError
 from koat.report.card import CardFacts, describe_scores, describe_use
 from koat.workflows.sharing.merge import merge_run
 from koat.workflows.sharing.push import prepare_upload, public_settings, send_upload
@@ -153,6 +153,13 @@ def test_another_runs_merge_is_refused(hub: LocalHub, run: Path, tmp_path: Path)
         prepare_upload(run, "me/whole", merged=merged)
     with pytest.raises(RunFolderError, match=r"koat merge RUN"):
         prepare_upload(run, "me/whole", merged=run)
+
+
+def test_an_adapter_without_weights_is_not_sent(run: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(run, tmp_path / "copy")
+    (copy / "adapter" / "adapter_model.safetensors").rename(copy / "adapter" / "adapter_model.bin")
+    with pytest.raises(AdapterError, match=r"has lost its weights.*adapter_model\.bin, a pickle"):
+        prepare_upload(copy, "me/mine")
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import koat
@@ -64,6 +65,34 @@ def test_a_run_goes_on_from_a_run(place: Path, finished: Path, tmp_path: Path) -
     assert first != other
     begun, ended = load_file(finished / "adapter" / NAME), load_file(run.adapter / NAME)
     assert all((ended[name] - begun[name]).abs().max() < 0.02 for name in begun)
+
+
+def test_the_adapter_that_a_run_began_from_is_pinned(place: Path, tmp_path: Path) -> None:
+    theirs = write_with_peft(place, tmp_path / "theirs")
+    settings = settle(place, theirs, method="lora", targets="paper", r=8, alpha=8)
+    whole = koat.finetune(settings, out=tmp_path / "whole")
+
+    def halt(run: Path, after: int) -> None:
+        def stop(record: object) -> None:
+            if record.step == after:  # type: ignore[attr-defined]
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            koat.finetune(settings, out=run, on_step=stop)
+
+    halt(tmp_path / "early", 1)  # its record is written before the step's checkpoint
+    halt(tmp_path / "late", 2)
+    moved = {name: tensor + 0.1 for name, tensor in load_file(theirs / NAME).items()}
+    save_file(moved, theirs / NAME, metadata={"format": "pt"})
+    with pytest.raises(koat.RunFolderError, match="its start changed"):
+        koat.finetune(out=tmp_path / "early", resume=True)
+    shutil.rmtree(theirs)
+    with pytest.raises(koat.AdapterError, match="is not an adapter"):
+        koat.finetune(out=tmp_path / "early", resume=True)
+    # A checkpoint holds what became of it.
+    again = koat.finetune(out=tmp_path / "late", resume=True)
+    assert (again.adapter / NAME).read_bytes() == (whole.adapter / NAME).read_bytes()
+    assert again.read_manifest()["start"] == whole.read_manifest()["start"] != ""
 
 
 def test_what_is_no_start(place: Path, finished: Path, tmp_path: Path) -> None:

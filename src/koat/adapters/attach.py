@@ -6,9 +6,10 @@ import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from torch import Tensor, nn
 
 from koat.adapters.architectures import UnknownFamilyError
@@ -101,14 +102,29 @@ def _find_state(model: Attached) -> tuple[Callable[[Any], State], Callable[[Any,
         return read_weights, write_weights
     if has_soft_prompt(model):
         return read_soft_state, write_soft_state
-    return get_peft_model_state_dict, set_peft_model_state_dict
+    return read_peft_state, set_peft_model_state_dict
+
+
+def read_peft_state(model: PeftModel) -> State:
+    """Return an adapter's tensors under PEFT's names."""
+    return dict(get_peft_model_state_dict(model, save_embedding_layers=_save_embeddings(model)))
+
+
+def _save_embeddings(model: PeftModel) -> Literal["auto"] | bool:
+    """Return whether PEFT is to look for embeddings to save: where none is a target it would ask the Hub each time."""
+    targets: Any = getattr(model.peft_config["default"], "target_modules", None) or ()
+    return "auto" if isinstance(targets, str) or set(targets) & set(EMBEDDING_LAYER_NAMES) else False
 
 
 def save_adapter(model: Attached, folder: Path) -> None:
     """Write an adapter in PEFT's format, or a whole model in its own, into an existing, private folder."""
     reset_held(model)
     with finished(model):
-        model.save_pretrained(str(folder), safe_serialization=True)
+        if isinstance(model, FullModel):
+            model.save_pretrained(str(folder), safe_serialization=True)
+        else:
+            embeddings = _save_embeddings(model)
+            model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=embeddings)
     (folder / "README.md").unlink(missing_ok=True)
     if isinstance(model, FullModel):
         return
@@ -139,7 +155,7 @@ def restore_adapter(model: nn.Module, folder: Path, trainable: bool = False) -> 
     wrapped = _wrap(model, config, str(folder / CONFIG))
     refine_layers(wrapped, holds=bool(extra.get("holds_queries")))
     extend_reach(wrapped.get_base_model(), extra.get("places", []), trainable)
-    compare_states(get_peft_model_state_dict(wrapped), state, str(folder))
+    compare_states(read_peft_state(wrapped), state, str(folder))
     set_peft_model_state_dict(wrapped, state)
     return wrapped
 

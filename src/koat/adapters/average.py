@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from koat.adapters.start import begins_plainly
 from koat.core.errors import AdapterError
 
 State = dict[str, Tensor]
@@ -123,9 +124,11 @@ def _check_plain_lora(adapter: StoredAdapter) -> None:
     """Refuse what is more than `s B A`."""
     more = [
         name
-        for name in ("use_dora", "lora_bias", "rank_pattern", "alpha_pattern", "modules_to_save")
+        for name in ("use_dora", "lora_bias", "rank_pattern", "alpha_pattern", "modules_to_save", "target_parameters")
         if adapter.config.get(name)
     ]
+    if not begins_plainly(adapter.config):
+        more.append(f"init_lora_weights={adapter.config['init_lora_weights']}")
     strange = [name for name in adapter.state if ".lora_" not in name or "magnitude" in name]
     if more or strange:
         raise AdapterError(

@@ -31,8 +31,18 @@ def list_weight_files(folder: Path) -> list[Path]:
     """Return the files that hold what was trained. Raises AdapterError when there are none."""
     found = sorted(folder.glob(MODEL_WEIGHTS if is_whole_model(folder) else WEIGHTS))
     if not found:
-        raise AdapterError(f"{folder} has lost its weights. Copy the folder again, or train again.")
+        raise AdapterError(f"{folder} has lost its weights.{_hint_at_pickle(folder)} Copy it again, or train again.")
     return found
+
+
+def _hint_at_pickle(folder: Path) -> str:
+    """Say how to come by weights that lie there as a pickle; empty where they do not."""
+    if not (folder / "adapter_model.bin").is_file():
+        return ""
+    return (
+        " It has adapter_model.bin, a pickle, which koat does not open: save it again with PEFT's "
+        "save_pretrained(..., safe_serialization=True)."
+    )
 
 
 def read_extra(folder: Path) -> dict[str, Any]:
@@ -70,14 +80,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
 def read_adapter_file(path: Path) -> dict[str, Tensor]:
     """Return the tensors of a saved adapter. Raises AdapterError for an absent, empty or broken file."""
     if not path.is_file():
-        pickled = path.with_name("adapter_model.bin")
-        hint = (
-            " It has adapter_model.bin, a pickle, which koat does not open: save it again with PEFT's "
-            "save_pretrained(..., safe_serialization=True)."
-            if pickled.is_file()
-            else ""
-        )
-        raise AdapterError(f"{path} does not exist.{hint}")
+        raise AdapterError(f"{path} does not exist.{_hint_at_pickle(path.parent)}")
     try:
         state = load_file(str(path))
     except (SafetensorError, OSError) as error:

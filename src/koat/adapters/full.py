@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from transformers import GenerationConfig
 
 from koat.adapters.files import compare_states
 from koat.core.errors import AdapterError
@@ -36,12 +37,30 @@ class FullModel(nn.Module):
 
     def save_pretrained(self, folder: str, **options: Any) -> None:
         """Write a model folder that `AutoModelForCausalLM` opens; tied weights are saved once."""
-        model: Any = self.model
-        model.save_pretrained(folder, **options)
+        write_model_folder(self.model, Path(folder), **options)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the transformers model."""
         return self.model(*args, **kwargs)
+
+
+def write_model_folder(model: Any, folder: Path, **options: Any) -> None:
+    """Write a model folder; settings of generation that transformers loads but does not save go along as they came.
+
+    It refuses a temperature where nothing is sampled, for one, and published bases have such.
+    """
+    own = model.generation_config
+    try:
+        own.validate(strict=True)
+    except ValueError:
+        model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
+        try:
+            model.save_pretrained(str(folder), **options)
+        finally:
+            model.generation_config = own
+        own.to_json_file(str(folder / "generation_config.json"))
+    else:
+        model.save_pretrained(str(folder), **options)
 
 
 def train_whole(model: nn.Module) -> FullModel:

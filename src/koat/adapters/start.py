@@ -38,7 +38,7 @@ def start_from(model: PeftModel, folder: Path) -> None:
     Raises AdapterError when the saved one acts otherwise than the settings say, or does not fit: training would
     go on with another adapter than either names.
     """
-    folder = folder / "adapter" if (folder / "adapter" / CONFIG).is_file() else folder
+    folder = find_adapter(folder)
     stored, extra = read_adapter_config(folder), read_extra(folder)
     stored["peft_type"] = GOES_ON_AS.get(stored["peft_type"], stored["peft_type"])
     for key, setting in SETTINGS.items():
@@ -68,6 +68,11 @@ def start_from(model: PeftModel, folder: Path) -> None:
     write_adapter_state(model, state)
 
 
+def find_adapter(folder: Path) -> Path:
+    """Return the folder that holds the adapter: itself, or the one in it that is a run's."""
+    return folder / "adapter" if (folder / "adapter" / CONFIG).is_file() else folder
+
+
 def _check_simple(stored: dict[str, Any], folder: Path) -> None:
     """Refuse a LoRA whose ranks or scales differ by layer, or that began by changing its base."""
     for key in ("rank_pattern", "alpha_pattern"):
@@ -76,13 +81,18 @@ def _check_simple(stored: dict[str, Any], folder: Path) -> None:
                 f"adapter.start={folder} has {key}={stored[key]}, and koat trains one rank and scale for all layers. "
                 "Merge it into its base with PEFT, and begin a fresh adapter on that."
             )
-    begun = stored.get("init_lora_weights", True)
-    if (begun.lower() if isinstance(begun, str) else begun) not in PLAIN_STARTS:
+    if not begins_plainly(stored):
         raise AdapterError(
-            f"adapter.start={folder} began with init_lora_weights={begun}, which takes something away from the base's "
-            "weights; on the base as it is the adapter would be another. Merge it with PEFT, or convert it (PEFT's "
-            "save_pretrained with path_initial_model_for_weight_conversion)."
+            f"adapter.start={folder} began with init_lora_weights={stored['init_lora_weights']}, which takes something "
+            "away from the base's weights; on the base as it is the adapter would be another. Merge it with PEFT, or "
+            "convert it (PEFT's save_pretrained with path_initial_model_for_weight_conversion)."
         )
+
+
+def begins_plainly(stored: dict[str, Any]) -> bool:
+    """Whether a LoRA began without taking anything away from its base's weights."""
+    begun = stored.get("init_lora_weights", True)
+    return (begun.lower() if isinstance(begun, str) else begun) in PLAIN_STARTS
 
 
 def _plain(value: Any) -> Any:

@@ -9,7 +9,7 @@ import numpy as np
 
 
 def seed_step(seed: int, step: int, process: int = 0) -> None:
-    """Draw PyTorch's random numbers from a run's seed, a step and a process: each pair has its own, whatever came before."""
+    """Draw PyTorch's random numbers from a run's seed, a step and a process, whatever was drawn before."""
     import torch
 
     torch.manual_seed(int(np.random.SeedSequence((seed, step, process)).generate_state(1)[0]))

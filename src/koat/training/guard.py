@@ -14,6 +14,16 @@ RISE = 1.5
 PATIENCE = 10
 
 
+def check_validation(step: int, loss: float) -> None:
+    """Raise TrainingError for a validation loss that is no finite number: none after it could be told from the best."""
+    if not math.isfinite(loss):
+        raise TrainingError(
+            f"Step {step}: validation loss {loss}, while training's is finite. The model overflows on some validation "
+            "text. Train anew in training.precision=float32, or with a lower training.learning_rate; --resume would "
+            "come to the same step. The run's last checkpoint, if it has one, is whole."
+        )
+
+
 class LossGuard:
     """Judges each step's loss and gradient norm against the recent past."""
 

@@ -21,7 +21,7 @@ from koat.forest.pack import MicroBatch
 from koat.forest.score import Layout, cut_sequences, sum_by_owner, token_logprobs
 from koat.training.checkpoint import TrainingState, load_checkpoint, save_checkpoint
 from koat.training.choices import list_answers, make_objective
-from koat.training.guard import LossGuard
+from koat.training.guard import LossGuard, check_validation
 from koat.training.noise import add_noise
 from koat.training.optimizer import build_optimizer
 from koat.training.sampler import StepPlan, plan_steps
@@ -238,6 +238,7 @@ class Fence:
         model.eval()
         loss = self.validate(model)
         model.train()
+        check_validation(state.step, loss)
         if state.best_loss is None or loss < state.best_loss:
             state.best_loss, state.best_step = loss, state.step
             state.best = {name: tensor.clone() for name, tensor in read_adapter_state(model).items()}
@@ -252,11 +253,15 @@ class Fence:
 
 @torch.no_grad()
 def measure_loss(
-    model: nn.Module, sequences: ListLike[Sequence], layout: Layout, token_budget: int, accelerator: Accelerator
+    model: nn.Module,
+    sequences: ListLike[Sequence],
+    layout: Layout,
+    settings: TrainingSettings,
+    accelerator: Accelerator,
 ) -> float:
-    """Return the mean loss per supervised token of `sequences`, without touching any random state."""
+    """Return the mean loss per supervised token of `sequences`, in rows as training has them, drawing nothing."""
     total = 0.0
-    for batch in cut_sequences(sequences, layout, token_budget):
+    for batch in cut_sequences(sequences, layout, settings.tokens_per_microbatch, settings.max_row_length):
         with accelerator.autocast():
             total -= float(token_logprobs(model, batch.to(accelerator.device), layout).sum())
     return total / max(1, sum(sequence.num_supervised for sequence in sequences))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import nn
 
 from koat.core.settings import TrainingSettings
 from koat.model import build_empty
@@ -18,6 +20,10 @@ SHAPE = (1024, 1024, 2048)
 REACHED = {torch.float32: 0.6}
 OTHERWISE = 0.3
 """Share of that rate that training reaches on unique tokens: docs/benchmarks.md, by type."""
+
+
+NUM_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+"""What families call the number of their experts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,11 +63,19 @@ def count_token_flops(num_frozen: int, num_trained: int, checkpointing: bool) ->
     return (4.0 + again) * num_frozen + (6.0 + again) * num_trained
 
 
+def count_active_experts(model: nn.Module, config: Any) -> int:
+    """Return how many numbers of experts stored as one 3-D parameter a token meets."""
+    stored = sum(weight.numel() for weight in model.parameters() if weight.dim() == 3)
+    total = next((size for name in NUM_EXPERTS if (size := getattr(config, name, None))), 1)
+    return stored * int(getattr(config, "num_experts_per_tok", None) or total) // int(total)
+
+
 def estimate_pace(base: Base, footprint: Footprint, training: TrainingSettings) -> Pace:
     """Measure this machine for two seconds and estimate how many tokens it trains a second."""
     empty = build_empty(base.config)
     head = empty.get_output_embeddings().weight.numel()
     products = sum(inputs * outputs for inputs, outputs in read_linear_shapes(empty).values()) + head
+    products += count_active_experts(empty, base.config)
     trained = footprint.adapter_bytes // 4
     frozen, trained = (products, trained) if footprint.frozen_bytes else (0, products)
     flops = count_token_flops(frozen, trained, training.activation_checkpointing)

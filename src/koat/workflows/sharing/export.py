@@ -22,6 +22,10 @@ SERVED_BY_VLLM = {"LORA"}
 """PEFT's types that vLLM puts on a base model by itself; IA3 is not among them."""
 
 
+BEYOND_VLLM = ("use_dora", "modules_to_save", "bias")
+"""What a LoRA may have and vLLM refuses (its `vllm/lora/peft_helper.py`)."""
+
+
 @dataclass(frozen=True, slots=True)
 class Target:
     """A program that serves models: what it is called and what to tell its user."""
@@ -129,11 +133,13 @@ def export_adapter(
 ) -> Path:
     """Copy a LoRA adapter with a note on how vLLM serves it."""
     trained = find_trained(source, settings)
-    kind = str(trained.read_config()["peft_type"])
-    if program != "vllm" or kind not in SERVED_BY_VLLM:
+    stored = trained.read_config()
+    kind = str(stored["peft_type"])
+    more = [f"{kind} with {name}" for name in BEYOND_VLLM if stored.get(name) not in (None, False, [], "none")]
+    if program != "vllm" or kind not in SERVED_BY_VLLM or more:
         raise AdapterError(
-            f"--adapter: {TARGETS[program].title} does not serve a {kind} adapter of PEFT's as it is. Leave --adapter "
-            "away: the merged model is exported then."
+            f"--adapter: {TARGETS[program].title} does not serve a {', '.join(more) or kind} adapter of PEFT's as it "
+            "is. Leave --adapter away: the merged model is exported then."
         )
     claim_adapter_folder(out, overwrite)
     copy_folder(trained.folder, out)

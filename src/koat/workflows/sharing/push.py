@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from koat.adapters.files import CONFIG, EXTRA, WEIGHTS, WHOLE, read_extra
+from koat.adapters.files import CONFIG, EXTRA, WEIGHTS, WHOLE, list_weight_files, read_extra
 from koat.adapters.methods import METHODS
 from koat.core.config_files import read_config_file
 from koat.core.errors import HubError, RunFolderError
@@ -78,6 +78,7 @@ def prepare_upload(
     files: dict[str, Path | bytes] = {}
     folder, kind = (trained.folder, "adapter") if merged is None else (merged, "merged")
     record = read_merge(merged, trained) if merged is not None else {}
+    list_weight_files(folder)  # refuses a folder that has none
     for pattern in (*PARTS[kind], *TOKENIZER):
         files |= {path.name: path for path in sorted(folder.glob(pattern)) if path.is_file()}
     named = base or public_name(trained.model.base)

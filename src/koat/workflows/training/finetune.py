@@ -56,7 +56,7 @@ def finetune_run(
     main = accelerator.is_main_process
     say = say if main else lambda text: None
     run = claim_run(config, out, resume, overwrite) if main else RunFolder(out)
-    pinned = pin_base(config, run) if resume else config
+    pinned = settle_resumed(config, run) if resume else config
     prepared = prepare_run(pinned, settle_dtype(pinned.model, pinned.training), say)
     began = time.time()
     if main:
@@ -111,10 +111,18 @@ def fill_defaults(stored: dict[str, Any]) -> dict[str, Any]:
         return stored
 
 
-def pin_base(config: RunConfig, run: RunFolder) -> RunConfig:
-    """Return the settings of a run that goes on, a base from the Hub as it was when the run began."""
+def settle_resumed(config: RunConfig, run: RunFolder) -> RunConfig:
+    """Return the settings that a run goes on with.
+
+    A base from the Hub is as it was when the run began; an adapter to start from is not asked for again where a
+    checkpoint holds what became of it.
+    """
     recorded = run.read_manifest().get("base") if run.manifest.exists() else None
-    return config.model_copy(update={"model": pin_commit(config.model, recorded)}) if recorded else config
+    if recorded:
+        config = config.model_copy(update={"model": pin_commit(config.model, recorded)})
+    if run.latest_checkpoint() is not None and getattr(config.adapter, "start", None):
+        config = config.model_copy(update={"adapter": config.adapter.model_copy(update={"start": None})})
+    return config
 
 
 def begin_run(run: RunFolder, config: RunConfig, manifest: dict[str, Any], resume: bool, overwrite: bool) -> None:
@@ -123,7 +131,9 @@ def begin_run(run: RunFolder, config: RunConfig, manifest: dict[str, Any], resum
         RunFolder.create(run.path, overwrite=True)
     if resume and run.manifest.exists():
         stored = run.read_manifest()
-        changed = [part for part in ("data", "base", "templates") if has_changed(part, stored, manifest)]
+        manifest["start"] = manifest["start"] or stored.get("start")
+        parts = [part for part in ("data", "base", "templates", "start") if part != "start" or part in stored]
+        changed = [part for part in parts if has_changed(part, stored, manifest)]
         if changed:
             raise RunFolderError(
                 f"The run in {run.path} cannot go on: its {' and '.join(changed)} changed since it began. "
@@ -175,7 +185,7 @@ def train_in_folder(
             on_step(record)
 
     def validate(model: nn.Module) -> float:
-        return measure_loss(model, examples.validation, layout, settings.tokens_per_microbatch, accelerator)
+        return measure_loss(model, examples.validation, layout, settings, accelerator)
 
     return train(
         prepared.model,

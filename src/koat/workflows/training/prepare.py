@@ -13,7 +13,7 @@ from torch import nn
 from koat.adapters.attach import Attached, attach_adapter, count_trainable
 from koat.adapters.remarks import describe_remarks
 from koat.adapters.soft_prompts import count_virtual_tokens
-from koat.adapters.start import start_from
+from koat.adapters.start import find_adapter, start_from
 from koat.core.config import Section, to_mapping
 from koat.core.errors import AdapterError, TrainingError
 from koat.core.settings import ModelSettings, TrainingSettings
@@ -33,6 +33,7 @@ from koat.model import (
 from koat.quantise.check import check_quantised_layers
 from koat.workflows.config import PlanConfig, RunConfig
 from koat.workflows.out_of_memory import TO_TRAIN, explain_out_of_memory
+from koat.workflows.trained import fingerprint_adapter
 from koat.workflows.training.examples import Examples, load_examples
 from koat.workflows.training.manifest import describe_hardware, describe_versions, fingerprint_data
 
@@ -102,6 +103,12 @@ def attach_method(base: nn.Module, config: RunConfig) -> Attached:
     return model
 
 
+def fingerprint_start(adapter: Section) -> str | None:
+    """Return the SHA-256 of the adapter that a run begins from, None where it begins afresh."""
+    start: str | None = getattr(adapter, "start", None)
+    return fingerprint_adapter(find_adapter(Path(start))) if start else None
+
+
 def describe_layout(verification: Verification) -> str:
     """Say in a sentence how sequences go through the model."""
     if verification.shares:
@@ -127,10 +134,12 @@ def check_offload(training: TrainingSettings, device: torch.device) -> None:
 
 
 def settle_paths(config: RunConfig | PlanConfig) -> dict[str, Any]:
-    """Return the settings with a local base by its whole path, so that the run is found from anywhere."""
+    """Return the settings with local folders by their whole paths, so that the run goes on from anywhere."""
     values = to_mapping(config)
-    if Path(config.model.base).is_dir():
-        values["model"]["base"] = str(Path(config.model.base).resolve())
+    for section, key in (("model", "base"), ("adapter", "start")):
+        named = values[section].get(key)
+        if named and Path(named).is_dir():
+            values[section][key] = str(Path(named).resolve())
     return values
 
 
@@ -153,6 +162,7 @@ def describe_run(
             "fingerprint": fingerprint_base(config.model, base_config),
             "commit": find_commit(config.model, base_config),
         },
+        "start": fingerprint_start(config.adapter),
         "seed": config.training.seed,
         "templates": [template.to_mapping() for template in examples.templates],
         "examples": {"train": len(examples.train), "validation": len(examples.validation)},
