@@ -367,6 +367,19 @@ def test_a_changed_base_is_refused_where_it_was_trained_on_and_asked_again(
     assert asked == set()
 
 
+def test_another_adapter_to_start_from_is_noticed(whole: Outcome, inputs: dict[str, str], tmp_path: Path) -> None:
+    start = Path(shutil.copytree(whole.folder / "runs" / "slow-seed0" / "adapter", tmp_path / "start"))
+    further = {"name": "on", "settings": {"adapter": {"start": str(start)}}}
+    file = write_file(tmp_path, variants=[SMALL["variants"][0], further], seeds=[0])
+    koat.experiment(file, out=tmp_path / "out", inputs=inputs)
+    other = whole.folder / "runs" / "quick-seed0" / "adapter"
+    shutil.copyfile(other / "adapter_model.safetensors", start / "adapter_model.safetensors")
+    with pytest.raises(ConfigError, match="on-seed0: the adapter it starts from"):
+        koat.experiment(file, out=tmp_path / "out", inputs=inputs)
+    shutil.rmtree(start)  # nothing to hold it against
+    koat.experiment(file, out=tmp_path / "out", inputs=inputs)
+
+
 def test_each_base_is_read_once_and_what_was_recorded_without_is_accepted(
     whole: Outcome, inputs: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

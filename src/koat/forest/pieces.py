@@ -146,9 +146,7 @@ def split_chains(
     return np.concatenate([*parts, *empty]), np.concatenate([*ends, *empty])
 
 
-def limit_reach(
-    starts: IntArray, depth: IntArray, roots: IntArray, window: int | None
-) -> tuple[IntArray, IntArray]:
+def limit_reach(starts: IntArray, depth: IntArray, roots: IntArray, window: int | None) -> tuple[IntArray, IntArray]:
     """Return how many ancestors each segment's first token sees, and from where on they lie, at the latest known."""
     depth, roots = depth[starts], roots[starts]
     if window is None:

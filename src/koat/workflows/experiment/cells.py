@@ -16,7 +16,7 @@ from koat.workflows.config import PlanConfig, RunConfig
 from koat.workflows.experiment.file import Evaluation, Experiment
 from koat.workflows.training.finetune import list_differences
 from koat.workflows.training.manifest import fingerprint_data
-from koat.workflows.training.prepare import settle_paths
+from koat.workflows.training.prepare import fingerprint_start, settle_paths
 
 FILE = "experiment.yaml"
 RECORD = "evaluated.json"
@@ -75,12 +75,20 @@ class Cell:
             manifest, now = run.read_manifest(), fingerprint_files(tuple(data.list_files()))
             differing += [] if manifest.get("data") == now else ["what the data files hold"]
             differing += ["what the base holds"] if self.has_other_base(manifest) else []
+            differing += ["the adapter it starts from"] if self.has_other_start(manifest) else []
         return differing
 
     def has_other_base(self, manifest: dict[str, Any]) -> bool:
         """Whether a run was trained on another base than lies there now, as far as both are known."""
         trained_on = manifest.get("base", {}).get("fingerprint")
         return None not in (trained_on, self.fingerprint) and trained_on != self.fingerprint
+
+    def has_other_start(self, manifest: dict[str, Any]) -> bool:
+        """Whether a run began from another adapter than lies there now, as far as both are known."""
+        begun, start = manifest.get("start"), getattr(self.resolved.settings.adapter, "start", None)
+        return bool(begun and start and Path(start).is_dir()) and begun != fingerprint_start(
+            self.resolved.settings.adapter
+        )
 
 
 @dataclass(frozen=True, slots=True)
