@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from koat.evaluation.power import count_needed, find_smallest, noise_of_counts, noise_of_means, noise_of_pairs
-from koat.evaluation.significance import compare_answers, compare_counts
+from koat.evaluation.significance import compare_answers, compare_counts, compare_seeds
 
 
 def test_items_for_two_rates_worked_by_hand() -> None:
@@ -80,15 +80,36 @@ def test_the_smallest_difference_of_a_comparison() -> None:
 
 
 def test_seeds_bound_what_any_number_of_items_can_show() -> None:
-    # Items of deviation 0.3, seeds that bring a variance of 1e-4 to the difference whatever the items:
+    # Items of deviation 0.3, very many seeds that bring a variance of 1e-4 to the difference whatever the items:
     # (1.959964 + 0.841621) * sqrt(0.09 / 5000 + 1e-4) = 2.801585 * 0.010863 = 0.030433.
-    noise = noise_of_means(0.3, 1e-4)
+    noise = noise_of_means(0.3, ((1e-4, 10**9),))
     assert find_smallest(5000, noise) == pytest.approx(0.030433, rel=1e-4)
     # 2.801585 * 0.01 = 0.028016: a difference below that is never shown, one above it needs
     # 0.09 / ((0.03 / 2.801585)^2 - 1e-4) = 6,136.8 items, where 785 would do for one method without seeds.
     assert count_needed(0.028, noise) is None
-    assert count_needed(0.03, noise) == 6137
+    assert count_needed(0.03, noise) == pytest.approx(6137, abs=2)
     assert count_needed(0.03, noise_of_means(0.3)) == 785
+
+
+def test_few_seeds_ask_for_students_quantiles() -> None:
+    # Three seeds on either side and items without number: four degrees of freedom, 2.776445 + 0.940965 = 3.717410.
+    noise = noise_of_means(0.3, ((5e-5, 2), (5e-5, 2)))
+    assert find_smallest(1e12, noise) == pytest.approx(0.0371741, rel=1e-4)
+    assert count_needed(0.028, noise) is None
+    smallest = find_smallest(5000, noise)
+    assert smallest is not None and 0.030433 < smallest < 0.0371741
+    assert count_needed(smallest * 1.0001, noise) == pytest.approx(5000, rel=0.01)
+
+
+@pytest.mark.parametrize("num_seeds", [3, 5])
+def test_seeds_and_items_find_the_difference_four_times_in_five(num_seeds: int) -> None:
+    term = (1e-4 / num_seeds, num_seeds - 1)
+    smallest = find_smallest(2000, noise_of_means(0.4, (term, term)))
+    rng, found = np.random.default_rng(0), []
+    for _ in range(500):
+        left, right = (rng.normal(0, 0.01, (num_seeds, 1)) + np.zeros(2000) for _ in range(2))
+        found.append(compare_seeds(left, right + rng.normal(smallest, 0.4, 2000)).p < 0.05)
+    assert 0.74 <= np.mean(found) <= 0.86
 
 
 @pytest.mark.parametrize("share", [0.0, 1e-9])

@@ -375,6 +375,7 @@ def test_what_seeds_hide_no_number_of_items_shows() -> None:
     found = compare_seeds(left, right)
     assert found.p > 0.05 and found.value != 0
     assert found.count_needed() is None
-    # What the seeds bring by themselves: a spread of 0.1 on either side, over three seeds.
-    assert found.find_smallest() == pytest.approx(2.801585 * np.sqrt(2 * 0.01 / 3), rel=0.1)
+    # What the seeds bring by themselves: a spread of 0.1 on either side, over three seeds, so Student's quantiles at
+    # four degrees of freedom.
+    assert found.find_smallest() == pytest.approx(3.717410 * np.sqrt(2 * 0.01 / 3), rel=0.1)
     assert compare_seeds(left[:1], right[:1]).count_needed() is not None

@@ -3,7 +3,8 @@
 All of it rests on one normal approximation: a difference `d` between n items is found when
 `z_alpha sqrt(v0 / n) + z_power sqrt(v1 / n) <= d`, where v0 is the variance that one item brings if there is no
 difference and v1 if there is this one. What v0 and v1 are is a `Noise`. What the seeds bring stays however many
-items there are: with that variance `f` the square of the left side grows by `(z_alpha + z_power)^2 f`.
+items there are: with that variance `f` the square of the left side grows by `(z_alpha + z_power)^2 f`, and the
+quantiles are Student's, with the degrees of freedom that the t test will have.
 """
 
 from __future__ import annotations
@@ -13,23 +14,28 @@ from dataclasses import dataclass
 from math import ceil, hypot, sqrt
 from statistics import NormalDist
 
+from koat.evaluation.spread import count_freedom
+
 ALPHA = 0.05
 """How often a difference may be claimed where there is none (two-sided)."""
 POWER = 0.8
 """How often a difference that is there should be found."""
+ROUNDS = 100
+"""After so many the items that a difference needs have long settled."""
 
 
 @dataclass(frozen=True, slots=True)
 class Noise:
     """The variance that one item brings to a difference: without a difference, and with one of a given size.
 
-    `largest` bounds the differences that can occur at all; `of_seeds` is the variance that more items do not lower.
+    `largest` bounds the differences that can occur at all; `seeds` are the variances that more items do not lower,
+    each with its degrees of freedom.
     """
 
     without: Callable[[float], float]
     with_difference: Callable[[float], float]
     largest: float
-    of_seeds: float = 0.0
+    seeds: tuple[tuple[float, int], ...] = ()
 
 
 def noise_of_pairs(discordance: float) -> Noise:
@@ -40,10 +46,11 @@ def noise_of_pairs(discordance: float) -> Noise:
     return Noise(lambda _: discordance, lambda size: max(0.0, discordance - size * size), discordance)
 
 
-def noise_of_means(deviation: float, of_seeds: float = 0.0) -> Noise:
+def noise_of_means(deviation: float, seeds: tuple[tuple[float, int], ...] = ()) -> Noise:
     """Return the noise of a mean difference whose items have the standard deviation `deviation`."""
-    largest = 10 * sqrt(deviation**2 + of_seeds)
-    return Noise(lambda _: deviation**2, lambda _: deviation**2, largest, of_seeds)
+    spread = sqrt(deviation**2 + sum(square for square, _ in seeds))
+    # Student's quantiles reach 13 at one degree of freedom and 0.05, and grow with the number of comparisons.
+    return Noise(lambda _: deviation**2, lambda _: deviation**2, 1e6 * spread, seeds)
 
 
 def noise_of_counts(share: float) -> Noise:
@@ -67,20 +74,28 @@ def count_needed(difference: float, noise: Noise, *, alpha: float = ALPHA, power
 
     None for no difference, and for one that the seeds hide from any number of items.
     """
-    room = difference**2 - _reach_seeds(noise, alpha, power) ** 2
-    if room <= 0:
-        return None
-    return max(1, ceil(_reach(noise, difference, alpha, power) ** 2 / room))
+    quantiles, needed = _find_normal(alpha, power), 0
+    for _ in range(ROUNDS):
+        room = difference**2 - _reach_seeds(noise, quantiles) ** 2
+        if room <= 0:
+            return None
+        before, needed = needed, max(1, ceil(_reach(noise, difference, quantiles) ** 2 / room))
+        if needed == before or not noise.seeds:
+            break
+        # The more items, the more of the error is the seeds', of which there are few.
+        quantiles = _find_quantiles(noise, needed, alpha, power)
+    return needed
 
 
 def find_smallest(num_items: float, noise: Noise, *, alpha: float = ALPHA, power: float = POWER) -> float | None:
     """Return the smallest difference that so many items can show; None where they can show none at all."""
     from scipy.optimize import brentq
 
-    seeds = _reach_seeds(noise, alpha, power)
+    quantiles = _find_quantiles(noise, num_items, alpha, power)
+    seeds = _reach_seeds(noise, quantiles)
 
     def lacking(size: float) -> float:
-        return hypot(_reach(noise, size, alpha, power) / sqrt(num_items), seeds) - size
+        return hypot(_reach(noise, size, quantiles) / sqrt(num_items), seeds) - size
 
     # Twelve digits below the top, where a variance is exactly nothing, the square root still has a slope.
     top = noise.largest * (1 - 1e-12)
@@ -90,10 +105,25 @@ def find_smallest(num_items: float, noise: Noise, *, alpha: float = ALPHA, power
     return float(brentq(lacking, top * 1e-9, top))
 
 
-def _reach_seeds(noise: Noise, alpha: float, power: float) -> float:
-    return (NormalDist().inv_cdf(1 - alpha / 2) + NormalDist().inv_cdf(power)) * sqrt(noise.of_seeds)
+def _find_normal(alpha: float, power: float) -> tuple[float, float]:
+    return NormalDist().inv_cdf(1 - alpha / 2), NormalDist().inv_cdf(power)
 
 
-def _reach(noise: Noise, size: float, alpha: float, power: float) -> float:
-    z_alpha, z_power = NormalDist().inv_cdf(1 - alpha / 2), NormalDist().inv_cdf(power)
-    return z_alpha * sqrt(noise.without(size)) + z_power * sqrt(noise.with_difference(size))
+def _find_quantiles(noise: Noise, num_items: float, alpha: float, power: float) -> tuple[float, float]:
+    """Return the quantiles for `alpha` and `power`: the normal ones, or Student's where seeds are few."""
+    from scipy.stats import t
+
+    terms = [term for term in noise.seeds if term[0] > 0]
+    if not terms:
+        return _find_normal(alpha, power)
+    freedom = count_freedom([*terms, (noise.without(0.0) / num_items, max(1, ceil(num_items) - 1))])
+    return float(t.ppf(1 - alpha / 2, freedom)), float(t.ppf(power, freedom))
+
+
+def _reach_seeds(noise: Noise, quantiles: tuple[float, float]) -> float:
+    return sum(quantiles) * sqrt(sum(square for square, _ in noise.seeds))
+
+
+def _reach(noise: Noise, size: float, quantiles: tuple[float, float]) -> float:
+    for_alpha, for_power = quantiles
+    return for_alpha * sqrt(noise.without(size)) + for_power * sqrt(noise.with_difference(size))

@@ -191,7 +191,10 @@ def compare_seeds(left: np.ndarray, right: np.ndarray, trained: tuple[bool, bool
     terms += [(float(side.mean(1).var(ddof=1)) * weight, len(side) - 1) for side, weight in several]
     low, high, p = judge_mean(value, num_items, terms)
     deviation = max(sqrt(items), sqrt(num_items) * find_least_error(value, num_items, num_items - 1))
-    noise = noise_of_means(deviation, sum(part.seed * weight for part, weight in parts))
+    noise = noise_of_means(
+        deviation,
+        tuple((part.seed * weight, len(side) - 1) for (part, weight), (side, _) in zip(parts, several, strict=True)),
+    )
     return Difference(value, low, high, p, test, True, num_items, num_items, noise)
 
 
