@@ -201,6 +201,21 @@ def test_columns_values_and_cleaning(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv"])
+def test_rows_on_one_context_are_one_group(tmp_path: Path, name: str) -> None:
+    contexts = ("갑", "을", "갑", "")
+    rows = [{"context": text, "question": str(number), "answer": "x"} for number, text in enumerate(contexts)]
+    table = "context,question,answer\n" + "".join(f"{','.join(row.values())}\n" for row in rows)
+    path = write(tmp_path / name, table if name == "a.csv" else to_lines(rows))
+    records = read_records(path, columns={"instruction": "question", "output": "answer"}).records
+    first, second, third, fourth = (record.group for record in records)
+    assert first == third != second
+    assert first and second and not fourth
+    # The context is the template's field, whatever the file calls it.
+    renamed = read_records(path, columns={"input": "context", "context": "question", "output": "answer"}).records
+    assert len({record.group for record in renamed}) == 4
+
+
 def test_mapped_json_and_unmapped_json_as_a_table(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", to_lines([{"q": "x", "a": "y", "n": 1}]))
     mapped = read_records(path, columns={"instruction": "q", "output": "a"})

@@ -15,6 +15,7 @@ from koat.data.formats import (
     RowProblem,
     describe_formats,
     describe_value,
+    hash_context,
     join_names,
     recognise_format,
 )
@@ -228,7 +229,10 @@ def _unwrap(row: Any) -> Any:
 
 
 class _Refiner:
-    """Applies column mapping (where it is still to do), cleaning and value words to a record."""
+    """Applies column mapping (where it is still to do), cleaning and value words to a record.
+
+    A record that no format has grouped stands with those that have the same `context`.
+    """
 
     def __init__(
         self,
@@ -265,7 +269,9 @@ class _Refiner:
         _check_characters(fields, record.turns)
         if not fields.get("output", "-").strip():
             raise RowProblem("field 'output' is empty after cleaning; it must hold text")
-        return replace(record, fields=fields)
+        context = fields.get("context", "")
+        group = record.group or (hash_context("", context) if context.strip() else "")
+        return replace(record, fields=fields, group=group)
 
 
 def _check_characters(fields: Mapping[str, str], turns: Sequence[Turn]) -> None:

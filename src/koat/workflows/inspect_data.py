@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence as ListLike
 from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
 
-from koat.core.settings import DataSettings, ModelSettings
+from koat.core.sequence import Sequence
+from koat.core.settings import DataSettings, ModelSettings, TrainingSettings
 from koat.data.encode import EncodeReport, encode_records
 from koat.data.lengths import LengthSummary, summarise_lengths
 from koat.data.prompts import resolve_template
 from koat.data.readers import RecordFile
 from koat.model import load_tokenizer
+from koat.training.sampler import plan_steps
 from koat.workflows.training.examples import read_file
 
 
@@ -21,13 +25,18 @@ class Inspection:
     path: str
     file: RecordFile
     report: EncodeReport
-    lengths: LengthSummary | None
+    lengths: LengthSummary
     sample: str
-    """The first sequence as text, the supervised part between guillemets."""
+    """The first sequence as text, the supervised parts between guillemets."""
 
 
-def inspect_files(paths: ListLike[str], settings: DataSettings, model: ModelSettings) -> list[Inspection]:
-    """Read, render and encode each file as training would, dropping nothing for its length."""
+def inspect_files(
+    paths: ListLike[str], settings: DataSettings, model: ModelSettings, training: TrainingSettings | None = None
+) -> list[Inspection]:
+    """Read, render and encode each file as training would, dropping nothing for its length.
+
+    What a forest saves is counted in the steps of an epoch of `training`, the whole file being trained on.
+    """
     tokenizer = load_tokenizer(model)
     templates = resolve_template(settings.template)
     found = []
@@ -37,12 +46,18 @@ def inspect_files(paths: ListLike[str], settings: DataSettings, model: ModelSett
             file.records, templates, tokenizer, loss_on=settings.loss_on, max_length=None, overflow="error"
         )
         sequences = encoded.sequences
-        sample = ""
-        if sequences:
-            first = sequences[0]
-            border = first.supervised.index(True)
-            given, wanted = first.token_ids[:border], first.token_ids[border:]
-            sample = f"{tokenizer.decode(given)}«{tokenizer.decode(wanted)}»"
-        lengths = summarise_lengths(sequences) if sequences else None
-        found.append(Inspection(path, file, encoded.report, lengths, sample))
+        lengths = summarise_lengths(sequences, list_steps(sequences, training or TrainingSettings()))
+        found.append(Inspection(path, file, encoded.report, lengths, mark_supervised(sequences[0], tokenizer)))
     return found
+
+
+def list_steps(sequences: ListLike[Sequence], training: TrainingSettings) -> list[list[int]]:
+    """Return the sequences of each step of the first epoch, as indices, in the order of the sampler."""
+    return plan_steps(sequences, training.sampler, training.batch_size, 1, None, training.seed).order_epoch(0)
+
+
+def mark_supervised(sequence: Sequence, tokenizer: Any) -> str:
+    """Return a sequence as text, each run of supervised tokens between guillemets."""
+    runs = groupby(zip(sequence.token_ids, sequence.supervised, strict=True), key=lambda pair: pair[1])
+    texts = [(tokenizer.decode([token for token, _ in run]), supervised) for supervised, run in runs]
+    return "".join(f"«{text}»" if supervised else text for text, supervised in texts)
