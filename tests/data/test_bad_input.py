@@ -81,6 +81,14 @@ def test_rows(tmp_path: Path, row: Any, expected: str) -> None:
             [{"role": "user", "content": "u"}, {"role": "assistant", "content": ""}],
             "messages[1]: field 'content' is empty",
         ),
+        (
+            [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a", "weight": 0.5}],
+            "messages[1]: field 'weight' must be 0 (not trained on) or 1, but holds the number 0.5",
+        ),
+        (
+            [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a", "weight": 0}],
+            "field 'messages' has 2 messages but all of weight 0: nothing to learn",
+        ),
     ],
 )
 def test_conversations(tmp_path: Path, messages: Any, expected: str) -> None:

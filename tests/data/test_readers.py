@@ -323,3 +323,36 @@ def test_what_may_be_a_hub_id(
     (tmp_path / "tests").mkdir()
     monkeypatch.chdir(tmp_path)
     assert looks_like_hub_id(name, named=named) is expected
+
+
+def read_turns(path: Path, row: dict[str, object]) -> list[tuple[str, str]]:
+    """Write one conversation to a file, read it, and return its roles and texts."""
+    (record,) = read_records(write(path, to_lines([row]))).records
+    return [(turn.role, turn.text) for turn in record.turns]
+
+
+def test_a_system_message_beside_the_turns_comes_first(tmp_path: Path) -> None:
+    talk = [("human", "u"), ("gpt", "a")]
+    shares = {"system": "s", "conversations": [{"from": role, "value": text} for role, text in talk]}
+    expected = [("system", "s"), ("user", "u"), ("assistant", "a")]
+    assert read_turns(tmp_path / "a.jsonl", shares) == expected
+    for nothing in ("", " ", None):
+        assert read_turns(tmp_path / "a.jsonl", shares | {"system": nothing}) == expected[1:]
+    own = {"system": "s", "messages": [{"role": role, "content": text} for role, text in [("system", "t"), *talk]]}
+    assert read_turns(tmp_path / "a.jsonl", own) == [("system", "t"), *expected[1:]]
+    # A column may be mapped onto it, and a template that names it has it from the turns too.
+    found = read_records(write(tmp_path / "b.jsonl", to_lines([shares])), columns={"system": "system"})
+    assert found.records[0].turns[0].text == "s"
+    record = read_records(write(tmp_path / "c.jsonl", to_lines([{"messages": own["messages"]}]))).records[0]
+    assert record.fields["system"] == "t"
+
+
+def test_what_messages_hold_and_nothing_renders_is_counted(tmp_path: Path) -> None:
+    call = {"role": "assistant", "content": "a", "tool_calls": [{"id": 1}], "reasoning_content": "r", "refusal": None}
+    rows = [{"messages": [{"role": "user", "content": "u", "weight": 1}, call]}] * 2
+    plain = {"messages": [{"role": "user", "content": "u", "name": ""}, {"role": "assistant", "content": "a"}]}
+    found = read_records(write(tmp_path / "a.jsonl", to_lines([*rows, plain])))
+    expected = "2 messages hold what no template renders, under the keys: tool_calls, reasoning_content"
+    assert found.remarks == [expected]
+    assert found.describe_oddities() == [expected]
+    assert read_records(write(tmp_path / "b.jsonl", to_lines([plain]))).remarks == []

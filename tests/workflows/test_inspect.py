@@ -111,3 +111,27 @@ def test_no_context_stands_on_both_sides(tmp_path: Path) -> None:
     train, held_out = divide_records(settings, 0, [])
     assert (len(train), len(held_out)) == (36, 12)
     assert not {record.fields["context"] for record in train} & {record.fields["context"] for record in held_out}
+
+
+def test_what_is_lost_is_said_by_training_and_inspect_alike(place: Path, tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "비가"}, {"role": "assistant", "content": "옵니다", "reasoning": "음"}]
+    rows = [{"messages": turns, "system": "짧게"}, {"messages": turns}]
+    table = "instruction\toutput\n비가\t옵니다\n\t집니다\n"
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (tmp_path / "rows.tsv").write_text(table, encoding="utf-8")
+    base = ("--base", place / "base")
+    for name, words in (
+        (
+            "chat.jsonl",
+            ["2 messages hold what no template renders, under the keys: reasoning", "1 rows have a system message"],
+        ),
+        ("rows.tsv", ["1 rows have nothing in their prompt"]),
+    ):
+        status, inspected, error = call_koat("data", "inspect", tmp_path / name, *base)
+        assert status == 0, error
+        given = ["--data", tmp_path / name, "training.max_steps=1", "--out", tmp_path / f"run-{name}"]
+        status, trained, error = call_koat("finetune", *base, *given)
+        assert status == 0, error
+        for word in words:
+            assert word in inspected
+            assert word in trained

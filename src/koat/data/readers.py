@@ -10,24 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from koat.core.errors import DataError, suggest
-from koat.data.formats import (
-    ROW_FORMATS,
-    RowProblem,
-    describe_formats,
-    describe_value,
-    hash_context,
-    join_names,
-    recognise_format,
-)
+from koat.data.formats import ROW_FORMATS, describe_formats, hash_context, recognise_format
 from koat.data.hub import STORED_SUFFIXES, looks_like_hub_id, read_stored, split_part
-from koat.data.opening import (
-    RawRow,
-    holds_json_lines,
-    parse_document,
-    read_json_lines,
-    read_text,
-)
+from koat.data.messages import describe_unread, put_system_first
+from koat.data.opening import RawRow, holds_json_lines, parse_document, read_json_lines, read_text
 from koat.data.records import Record, Turn
+from koat.data.row_values import RowProblem, describe_value, join_names
 from koat.data.squad import find_misplaced_answers, is_squad_document, read_questions
 from koat.data.tables import guess_delimiter, read_table
 
@@ -45,7 +33,7 @@ class RecordFile:
     """What was read from one place: records, the format found, and what was wrong with the rest.
 
     `bad_rows` lists the rows that were skipped, with their problems. `warnings` lists oddities in rows that
-    were kept.
+    were kept, `remarks` says of all rows together what was not read.
     """
 
     records: list[Record]
@@ -53,6 +41,12 @@ class RecordFile:
     bad_rows: list[str]
     path: str
     warnings: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+
+    def describe_oddities(self) -> list[str]:
+        """Say with numbers what is odd about rows that were kept, one thing a line."""
+        misplaced = f"{len(self.warnings)} answers not where the file says, the first: " if self.warnings else ""
+        return [*(f"{misplaced}{line}" for line in self.warnings[:1]), *self.remarks]
 
 
 def clean_text(name: str, text: str) -> str:
@@ -95,15 +89,12 @@ def read_records(
         columns = {}
     records = collector.collect(((row.source, row) for row in rows), ROW_FORMATS[found].parse)
     kept = {record.source for record in records}
-    warnings = [
-        f"{row.source}: {note}"
-        for row in rows
-        if row.source in kept
-        for note in find_misplaced_answers(_keys(row.value))
-    ]
+    good = [row for row in rows if row.source in kept]
+    warnings = [f"{row.source}: {note}" for row in good for note in find_misplaced_answers(_keys(row.value))]
+    remarks = describe_unread(row.value for row in good) if found == "chat" else []
     refine = _Refiner(path_or_id, records, columns, values, clean)
     records = collector.collect(((record.source, record) for record in records), refine)
-    return RecordFile(records, found, collector.bad_rows, path_or_id, warnings)
+    return RecordFile(records, found, collector.bad_rows, path_or_id, warnings, remarks)
 
 
 def _open_rows(path_or_id: str, format: str) -> tuple[str, list[RawRow]]:
@@ -266,12 +257,13 @@ class _Refiner:
             if fields[key] not in words:
                 raise RowProblem(f"field {key!r} holds {fields[key]!r}; values has words for: {join_names(words)}")
             fields[key] = words[fields[key]]
-        _check_characters(fields, record.turns)
+        turns = put_system_first(record.turns, fields.get("system", ""))
+        _check_characters(fields, turns)
         if not fields.get("output", "-").strip():
             raise RowProblem("field 'output' is empty after cleaning; it must hold text")
         context = fields.get("context", "")
         group = record.group or (hash_context("", context) if context.strip() else "")
-        return replace(record, fields=fields, group=group)
+        return replace(record, fields=fields, turns=turns, group=group)
 
 
 def _check_characters(fields: Mapping[str, str], turns: Sequence[Turn]) -> None:

@@ -7,8 +7,8 @@ import io
 from collections.abc import Iterator
 
 from koat.core.errors import DataError
-from koat.data.formats import join_names
 from koat.data.opening import RawRow
+from koat.data.row_values import join_names
 
 Cells = tuple[int, list[str], str]
 """Line number, cells, and why the line could not be read (empty when it could)."""

@@ -89,12 +89,8 @@ def read_all(settings: DataSettings, paths: list[str], remarks: list[str]) -> li
     for path in paths:
         found = read_file(settings, path, settings.on_bad_row)
         records += found.records
-        for what, lines in (
-            ("broken rows skipped", found.bad_rows),
-            ("answers not where the file says", found.warnings),
-        ):
-            if lines:
-                remarks.append(f"{path}: {len(lines)} {what}, the first: {lines[0]}")
+        skipped = [f"{len(found.bad_rows)} broken rows skipped, the first: {line}" for line in found.bad_rows[:1]]
+        remarks += [f"{path}: {line}" for line in [*skipped, *found.describe_oddities()]]
     return records
 
 
