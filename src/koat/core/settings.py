@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from koat.core.config import Section
 
@@ -49,9 +49,24 @@ class ModelSettings(Section):
 class TemplateSettings(Section):
     """A prompt template of one's own: `{field}` is replaced by that field of a record."""
 
-    prompt: str = Field(description="What is given, for example '### 질문: {instruction}\\n\\n### 답변:'.")
+    prompt: str = Field(
+        description="What is given, in double quotes so that \\n is a line break: "
+        'prompt: "### 질문: {instruction}\\n\\n### 답변:" in a file, '
+        """data.template.prompt='"### 질문: {instruction}\\n\\n### 답변:"' in a shell."""
+    )
     response: str = Field("{output}", description="What is supervised.")
     name: str = Field("custom", description="A name for tables and model cards.")
+
+    @field_validator("prompt", "response")
+    @classmethod
+    def _refuse_spelt_line_breaks(cls, text: str) -> str:
+        if "\\n" in text:
+            raise ValueError(
+                "it holds a backslash and the letter n where a line break is meant. In a file put the text in double "
+                'quotes ("...\\n...") or below `|`; in a shell put single quotes around the double ones '
+                """(data.template.prompt='"...\\n..."')"""
+            )
+        return text
 
 
 Template = str | TemplateSettings
