@@ -135,3 +135,45 @@ def test_what_is_lost_is_said_by_training_and_inspect_alike(place: Path, tmp_pat
         for word in words:
             assert word in inspected
             assert word in trained
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({}, []),
+        ({"max_length": 200}, ["all sequences fit into max_length=200."]),
+        (
+            {"max_length": 75},
+            ["8 sequences are longer than max_length=75: with overflow=error training refuses them."],
+        ),
+        ({"max_length": 75, "overflow": "drop"}, ["with max_length=75 and overflow=drop:", "8 left out: longer than"]),
+        (
+            {"max_length": 75, "overflow": "truncate_context"},
+            ["overflow=truncate_context:", "8 kept with a shortened"],
+        ),
+        ({"max_length": 5, "overflow": "drop"}, ["overflow=drop: no sequence is left"]),
+    ],
+)
+def test_a_limit_is_tried(place: Path, tmp_path: Path, values: dict[str, Any], expected: list[str]) -> None:
+    file = write_questions(tmp_path / "qa.jsonl")
+    columns = {"instruction": "question", "output": "answer"}
+    found = inspect(place, file, columns=columns, template="koalpaca-context", **values)
+    assert found.report.num_sequences == 48
+    assert len(found.limit) >= len(expected)
+    for words in expected:
+        assert any(words in line for line in found.limit), found.limit
+
+
+def test_only_what_is_supervised_stands_between_brackets(place: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(place / "base")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }};{% endfor %}" + (
+        "{% if add_generation_prompt %}a:{% endif %}"
+    )
+    tokenizer.save_pretrained(tmp_path / "base")
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "base" / name).symlink_to(place / "base" / name)
+    turns = [{"role": role, "content": text} for role, text in zip(("user", "assistant") * 2, "가나다라", strict=True)]
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": turns}) + "\n", encoding="utf-8")
+    assert inspect(tmp_path, tmp_path / "chat.jsonl", template="chat").sample == "u:가;a:«나;»u:다;a:«라;<eos>»"

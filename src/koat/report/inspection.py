@@ -15,7 +15,7 @@ def print_inspection(found: Any) -> None:
         print(f"  broken: {line}")
     if len(file.bad_rows) > 5:
         print(f"  ... and {len(file.bad_rows) - 5} more broken rows")
-    for line in [*file.describe_oddities(), *found.report.lines()]:
+    for line in [*file.describe_oddities(), *found.report.lines(), *found.limit]:
         print(f"  {line}")
     print_lengths(lengths)
     shown = found.sample if len(found.sample) <= 600 else f"{found.sample[:400]} … {found.sample[-200:]}"

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as ListLike
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from typing import Any
 
+from koat.core.errors import DataError
 from koat.core.sequence import Sequence
 from koat.core.settings import DataSettings, ModelSettings, TrainingSettings
-from koat.data.encode import EncodeReport, encode_records
+from koat.data.encode import Encoded, EncodeReport, encode_records
 from koat.data.lengths import LengthSummary, summarise_lengths
 from koat.data.prompts import resolve_template
 from koat.data.readers import RecordFile
@@ -26,6 +29,8 @@ class Inspection:
     file: RecordFile
     report: EncodeReport
     lengths: LengthSummary
+    limit: list[str]
+    """What `max_length` would do, in sentences; empty without one."""
     sample: str
     """The first sequence as text, the supervised parts between guillemets."""
 
@@ -35,6 +40,7 @@ def inspect_files(
 ) -> list[Inspection]:
     """Read, render and encode each file as training would, dropping nothing for its length.
 
+    What `max_length` would do is said beside it.
     What a forest saves is counted in the steps of an epoch of `training`, the whole file being trained on.
     """
     tokenizer = load_tokenizer(model)
@@ -42,13 +48,32 @@ def inspect_files(
     found = []
     for path in paths:
         file = read_file(settings, path, "skip")
-        encoded = encode_records(
-            file.records, templates, tokenizer, loss_on=settings.loss_on, max_length=None, overflow="error"
-        )
+        encode = partial(encode_records, file.records, templates, tokenizer, loss_on=settings.loss_on)
+        encoded = encode()
         sequences = encoded.sequences
         lengths = summarise_lengths(sequences, list_steps(sequences, training or TrainingSettings()))
-        found.append(Inspection(path, file, encoded.report, lengths, mark_supervised(sequences[0], tokenizer)))
+        limit = describe_limit(sequences, settings, encode)
+        found.append(Inspection(path, file, encoded.report, lengths, limit, mark_supervised(sequences[0], tokenizer)))
     return found
+
+
+def describe_limit(sequences: ListLike[Sequence], settings: DataSettings, encode: Callable[..., Encoded]) -> list[str]:
+    """Say what `max_length` and `overflow` would do to sequences; `encode` makes them again under a limit."""
+    limit = settings.max_length
+    if limit is None:
+        return []
+    num_over = sum(len(sequence) > limit for sequence in sequences)
+    if not num_over:
+        return [f"all sequences fit into max_length={limit}."]
+    if settings.overflow == "error":
+        return [
+            f"{num_over:,} sequences are longer than max_length={limit}: with overflow=error training refuses them."
+        ]
+    try:
+        shortened = encode(max_length=limit, overflow=settings.overflow)
+    except DataError as error:
+        return [f"with max_length={limit} and overflow={settings.overflow}: {error}"]
+    return [f"with max_length={limit} and overflow={settings.overflow}:", *shortened.report.lines()]
 
 
 def list_steps(sequences: ListLike[Sequence], training: TrainingSettings) -> list[list[int]]:
