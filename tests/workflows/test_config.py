@@ -97,3 +97,10 @@ def test_the_last_layer_that_says_anything_decides() -> None:
     layers = [Layer("recipe", {"a": {"b": 1}}), Layer("file", {"a": None}), Layer("flag", {"a": {"c": 3}})]
     assert merge_values(layers, ("a", "b")) == 1
     assert merge_values(layers, ("a", "d")) is None
+
+
+def test_published_instructions_with_empty_answers_are_skipped_not_refused() -> None:
+    """Stanford Alpaca has 28 rows without an output."""
+    data = read_recipe("alpaca-lora")["data"]
+    assert data["train"] == ["tatsu-lab/alpaca"]
+    assert data["on_bad_row"] == "skip"
