@@ -226,7 +226,16 @@ def test_unknown_keys_are_answered_with_the_nearest(values: dict[str, Any], word
         (with_training(epochs=True), ["received true", "a number greater than 0"]),
         (with_training(epochs=float("inf")), ["received inf", "a number"]),
         (with_training(max_steps="x"), ["'x'", "a whole number greater than 0, or none"]),
-        (with_training(betas=[0.9]), ["training.betas: received [0.9]", "a list of 2: a number, a number"]),
+        (
+            with_training(betas=[0.9]),
+            ["training.betas: received [0.9]", "a list of 2: a number of at least 0 and less"],
+        ),
+        (with_training(betas=[0.9, 1]), ["training.betas[1]: received 1", "a number of at least 0 and less than 1"]),
+        (with_training(betas=[-0.1, 0.9]), ["training.betas[0]: received -0.1", "of at least 0 and less than 1"]),
+        (
+            with_training(seed=2**63),
+            ["received 9223372036854775808", "of at least 0 and less than 9223372036854775808"],
+        ),
         (with_training(betas=[0.9, "x"]), ["training.betas[1]: received 'x'", "allowed: a number"]),
         (with_training(seed=None), ["received nothing", "a whole number"]),
         (with_data(train=[]), ["data.train: received []", "at least 1 item"]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -81,6 +82,14 @@ def test_all_problems_come_at_once() -> None:
 def test_an_unknown_method_is_answered_with_the_nearest(method: str) -> None:
     with pytest.raises((ConfigError, AdapterError), match=r"adapter\.method.*did you mean '(lora|ia3)'"):
         resolve_run(RunConfig, flags={**NEEDED, "adapter": {"method": method}})
+
+
+@pytest.mark.parametrize(("method", "shown"), [(["ia3"], "['ia3']"), ({"a": 1}, "{'a': 1}"), (3, "3")])
+@pytest.mark.parametrize("schema", [RunConfig, PlanConfig])
+def test_a_method_that_is_no_name_is_refused(method: Any, shown: str, schema: type[Any]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolve_run(schema, flags={**NEEDED, "adapter": {"method": method}})
+    assert f"adapter.method: received {shown} (from flag); allowed: 'ia3', 'lora'" in str(caught.value)
 
 
 def test_an_unknown_recipe_is_answered_with_the_nearest() -> None:
