@@ -377,6 +377,14 @@ def test_lines_are_appended_and_read(tmp_path: Path) -> None:
     assert read_lines(target) == values and target.read_bytes().count(b"\n") == 2
 
 
+def test_lines_need_no_call_that_only_some_systems_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("pread", "pwrite"):
+        monkeypatch.delattr(os, name)
+    for step in range(3):
+        append_line(tmp_path / "metrics.jsonl", {"step": step})
+    assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [0, 1, 2]
+
+
 @pytest.mark.parametrize("torn", [b'{"step": 2, "te', '{"step": 2, "text": "한'.encode()[:-1], b"\0\0\0"])
 def test_a_torn_last_line_is_left_out_and_then_replaced(tmp_path: Path, torn: bytes) -> None:
     target = tmp_path / "metrics.jsonl"
