@@ -25,13 +25,10 @@ def test_a_method_brings_its_learning_rate_and_a_flag_overrides_it() -> None:
     assert (named.settings.training.learning_rate, named.origins["training.learning_rate"]) == (0.125, "flag")
 
 
-def test_the_learning_rate_goes_with_the_targets(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(METHODS["ia3"].learning_rates, "paper", 0.25)
-    monkeypatch.setitem(METHODS["ia3"].learning_rates, "", 0.5)
-    for targets, rate in (("paper", 0.25), ("attention", 0.5), (["k_proj"], 0.5), (None, 0.25)):
-        adapter = {} if targets is None else {"targets": targets}
-        training = resolve_run(RunConfig, flags={**NEEDED, "adapter": adapter}).settings.training
-        assert training.learning_rate == rate
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_brings_its_own_rate(method: str) -> None:
+    settings = resolve_run(RunConfig, flags={**NEEDED, "adapter": {"method": method}}).settings
+    assert settings.training.learning_rate == METHODS[method].learning_rate
 
 
 def test_later_sources_win(tmp_path: Path) -> None:

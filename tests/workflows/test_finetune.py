@@ -72,8 +72,7 @@ def test_the_configuration_kept_is_the_resolved_one(finished: Path, place: Path)
     whole = {"method": "ia3", "targets": "paper", "feedforward": [], "reach": "peft", "start": None}
     assert kept["adapter"] == whole
     assert (kept["training"]["max_steps"], kept["training"]["seed"]) == (6, 3)
-    rates = METHODS["ia3"].learning_rates
-    assert kept["training"]["learning_rate"] == rates.get("paper", rates[""])
+    assert kept["training"]["learning_rate"] == METHODS["ia3"].learning_rate
     assert kept["data"]["template"] == "koalpaca"
 
 
