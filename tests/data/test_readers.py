@@ -14,6 +14,7 @@ from koat.core.errors import DataError
 from koat.data.hub import looks_like_hub_id
 from koat.data.readers import clean_text, read_records
 from koat.data.splits import split_by_title
+from koat.data.templates import TextTemplate
 
 ALPACA = [
     {"instruction": "더하기", "input": "1 2", "output": "3"},
@@ -237,6 +238,32 @@ def test_hangul_taken_apart_is_cleaned_as_if_it_were_joined(tmp_path: Path) -> N
     assert clean_text("hangul", apart) == clean_text("hangul", text) == "값이 재밌다 ㅋㅋㅠㅠ 점 "
     path = write(tmp_path / "a.tsv", f"d\tlabel\n{apart}\t1\n")
     assert read_records(path, clean={"d": "hangul"}).records[0].fields["d"] == "값이 재밌다 ㅋㅋㅠㅠ 점 "
+
+
+@pytest.mark.parametrize("of_file", ["NFC", "NFD"])
+@pytest.mark.parametrize("of_settings", ["NFC", "NFD"])
+@pytest.mark.parametrize("name", ["a.tsv", "a.csv", "a.jsonl"])
+def test_names_are_the_same_however_their_letters_are_put_together(
+    tmp_path: Path, name: str, of_file: str, of_settings: str
+) -> None:
+    def spell(text: str, kind: str = of_settings) -> str:
+        return unicodedata.normalize(kind, text)  # type: ignore[arg-type]
+
+    rows = [{"문장": "좋다", "분류": "긍정"}, {"문장": "싫다", "분류": "부정"}]
+    mark = "," if name == "a.csv" else "\t"
+    table = "".join(f"{mark.join(line)}\n" for line in (rows[0], *(row.values() for row in rows)))
+    path = write(tmp_path / name, spell(to_lines(rows) if name == "a.jsonl" else table, of_file))
+    found = read_records(
+        path,
+        columns={spell("지시"): spell("문장")},
+        values={spell("분류"): {spell("긍정"): "+", spell("부정"): "-"}},
+        clean={spell("분류"): "strip"},
+    )
+    assert [record.fields["분류"] for record in found.records] == ["+", "-"]
+    # The text itself stays as it was written.
+    assert [record.fields["지시"] for record in found.records] == [spell(row["문장"], of_file) for row in rows]
+    own = TextTemplate("own", (spell("{지시}:"),), spell("{분류}"))
+    assert own.render(found.records[0])[1].text == "+"
 
 
 def test_skipping_counts_and_lists_bad_rows(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -34,6 +35,11 @@ def join_names(names: Collection[str]) -> str:
     """List names for a message, at most twenty of them."""
     shown = [str(name) for name in names]
     return ", ".join(shown[:20]) + (f" and {len(shown) - 20} more" if len(shown) > 20 else "") or "none"
+
+
+def compose(name: str) -> str:
+    """Return a name with its letters put together (NFC): macOS takes Hangul apart, and it looks the same."""
+    return name if name.isascii() else unicodedata.normalize("NFC", name)
 
 
 def to_text(value: Any) -> str:

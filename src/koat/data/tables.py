@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from koat.core.errors import DataError
 from koat.data.opening import RawRow
-from koat.data.row_values import join_names
+from koat.data.row_values import compose, join_names
 
 Cells = tuple[int, list[str], str]
 """Line number, cells, and why the line could not be read (empty when it could)."""
@@ -30,7 +30,7 @@ def read_table(text: str, name: str, delimiter: str) -> tuple[list[str], Iterato
     """
     lines = _split_tsv(text) if delimiter == "\t" else _split_csv(text, name)
     number, header, problem = next(lines, (1, [], "has no header row"))
-    columns = [cell.strip() or f"column_{index}" for index, cell in enumerate(header, 1)]
+    columns = [compose(cell.strip()) or f"column_{index}" for index, cell in enumerate(header, 1)]
     twice = sorted({column for column in columns if columns.count(column) > 1})
     if problem or twice:
         reason = problem or f"the header names {join_names(twice)} more than once; each column needs its own name"

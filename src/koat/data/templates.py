@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from koat.core.errors import DataError, suggest
 from koat.data.records import Record
+from koat.data.row_values import compose
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -167,7 +168,7 @@ def _parse(template: str, part: str, text: str) -> list[tuple[str, str]]:
                     f"template {template!r}: {written} in the {part} is not a field; write a field's name "
                     "alone in braces, and double braces that are meant literally: {{ }}"
                 )
-            parts.append((literal, name or ""))
+            parts.append((literal, compose(name or "")))
     except ValueError as error:
         raise DataError(
             f"template {template!r}: the {part} {text!r} cannot be read: {error}; "
