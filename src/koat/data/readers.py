@@ -15,7 +15,7 @@ from koat.data.hub import STORED_SUFFIXES, looks_like_hub_id, read_stored, split
 from koat.data.messages import describe_unread, put_system_first
 from koat.data.opening import RawRow, holds_json_lines, parse_document, read_json_lines, read_text
 from koat.data.records import Record, Turn
-from koat.data.row_values import RowProblem, compose, describe_value, join_names
+from koat.data.row_values import RowProblem, compose, compose_keys, describe_value, join_names
 from koat.data.squad import find_misplaced_answers, is_squad_document, read_questions
 from koat.data.tables import guess_delimiter, read_table
 
@@ -73,19 +73,17 @@ def read_records(
     `columns` maps a template's field to the file's column, which then loses its own name; on conversations
     and SQuAD it maps to a field of the record, which keeps its name. `clean` comes before `values`, which
     turns coded values into words. Names of columns and codes are the same however their letters are put together
-    (NFC). Raises DataError for a file that cannot be read or recognised and for the
-    first broken row, or, with `on_bad_row="skip"`, only when no good row is left.
+    (NFC). Raises DataError for a file that cannot be read or recognised and for the first broken row, or, with
+    `on_bad_row="skip"`, only when no good row is left.
     """
     columns = {compose(new): compose(old) for new, old in (columns or {}).items()}
-    values = {
-        compose(key): {compose(code): word for code, word in words.items()} for key, words in (values or {}).items()
-    }
-    clean = {compose(key): rule for key, rule in (clean or {}).items()}
+    values = {key: compose_keys(words) for key, words in compose_keys(values or {}).items()}
+    clean = compose_keys(clean or {})
     known = ("auto", *ROW_FORMATS, "datasets")
     if format not in known:
         raise DataError(f"unknown format {format!r}{suggest(format, known)}; there are: {join_names(known)}")
     found, rows = _open_rows(path_or_id, format)
-    rows = [_compose_keys(row) for row in rows]
+    rows = [_compose_row(row) for row in rows]
     if not rows:
         raise DataError(f"{path_or_id}: holds no rows; at least one is needed")
     found = found or _recognise(path_or_id, rows, columns, plain=format == "datasets")
@@ -144,11 +142,8 @@ def _keys(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
-def _compose_keys(row: RawRow) -> RawRow:
-    keys = [key for key in _keys(row.value) if isinstance(key, str)]
-    if all(compose(key) == key for key in keys):
-        return row
-    return replace(row, value={compose(str(key)): value for key, value in row.value.items()})
+def _compose_row(row: RawRow) -> RawRow:
+    return replace(row, value=compose_keys(row.value)) if isinstance(row.value, Mapping) else row
 
 
 def _recognise(name: str, rows: Sequence[RawRow], columns: Mapping[str, str], *, plain: bool) -> str:

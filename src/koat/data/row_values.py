@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import unicodedata
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from koat.core.errors import suggest
+
+T = TypeVar("T")
 
 
 class RowProblem(Exception):
@@ -40,6 +42,11 @@ def join_names(names: Collection[str]) -> str:
 def compose(name: str) -> str:
     """Return a name with its letters put together (NFC): macOS takes Hangul apart, and it looks the same."""
     return name if name.isascii() else unicodedata.normalize("NFC", name)
+
+
+def compose_keys(mapping: Mapping[str, T]) -> dict[str, T]:
+    """Return a mapping whose keys have their letters put together."""
+    return {compose(str(key)): value for key, value in mapping.items()}
 
 
 def to_text(value: Any) -> str:
