@@ -102,12 +102,32 @@ def test_every_command_is_in_the_readme(words: tuple[str, ...]) -> None:
 
 
 def test_every_setting_is_listed_with_what_it_does() -> None:
+    from koat.core.config import known_keys
+    from koat.workflows.config import RunConfig
+
     status, out, _ = call_koat("settings")
     assert status == 0
-    for key in ("model.base", "data.template", "adapter.targets", "adapter.r", "training.noise"):
-        assert key in out
-    assert "did" not in out.split("\n")[0]
-    assert len(call_koat("settings", "training.")[1]) < len(out)
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if line.startswith("│")]
+    listed = [(name.split(" ")[0], default, help) for name, default, help in rows if name]
+    assert {name for name, _, _ in listed} == set(known_keys(RunConfig))
+    assert all(default and help for _, default, help in listed)
+    part = call_koat("settings", "training.")[1]
+    assert "training.noise" in part and "data.train" not in part
+    said = " ".join(" ".join(help for _, _, help in rows).split())
+    for choices in ("'cosine', 'linear', 'constant'", "'error', 'drop', 'truncate_context'", "'ia3', 'lora', 'qlora'"):
+        assert choices in said
+
+
+@pytest.mark.parametrize(
+    ("prefix", "nearest"),
+    [("trainig.", "training."), ("learning_rate", "training.learning_rate"), ("zzz", "")],
+)
+def test_a_prefix_of_no_setting_is_refused(prefix: str, nearest: str) -> None:
+    status, out, error = call_koat("settings", prefix)
+    assert (status, out) == (2, "")
+    assert f"no setting begins with {prefix!r}" in error
+    assert (f"did you mean {nearest!r}" in error) == bool(nearest)
+    assert "model., data., data.template., adapter., training." in error
 
 
 def test_names_that_ship_are_listed() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -224,7 +226,16 @@ def test_unknown_keys_are_answered_with_the_nearest(values: dict[str, Any], word
         (with_training(epochs=True), ["received true", "a number greater than 0"]),
         (with_training(epochs=float("inf")), ["received inf", "a number"]),
         (with_training(max_steps="x"), ["'x'", "a whole number greater than 0, or none"]),
-        (with_training(betas=[0.9]), ["training.betas: received [0.9]", "a list of 2: a number, a number"]),
+        (
+            with_training(betas=[0.9]),
+            ["training.betas: received [0.9]", "a list of 2: a number of at least 0 and less"],
+        ),
+        (with_training(betas=[0.9, 1]), ["training.betas[1]: received 1", "a number of at least 0 and less than 1"]),
+        (with_training(betas=[-0.1, 0.9]), ["training.betas[0]: received -0.1", "of at least 0 and less than 1"]),
+        (
+            with_training(seed=2**63),
+            ["received 9223372036854775808", "of at least 0 and less than 9223372036854775808"],
+        ),
         (with_training(betas=[0.9, "x"]), ["training.betas[1]: received 'x'", "allowed: a number"]),
         (with_training(seed=None), ["received nothing", "a whole number"]),
         (with_data(train=[]), ["data.train: received []", "at least 1 item"]),
@@ -268,6 +279,26 @@ def test_an_unknown_method_lists_the_known_ones() -> None:
 def test_a_key_of_another_method_is_named_as_such() -> None:
     line = only({**GOOD, "adapter": {"method": "lora", "rank": 4}}, {"adapter": {"method": "ia3"}})
     assert line.startswith("adapter.rank: does not go with method 'ia3' (from file)") and "adapter.method" in line
+
+
+def test_the_helps_own_template_can_be_typed(tmp_path: Path) -> None:
+    expected = "### 질문: {instruction}\n\n### 답변:"
+    help = only(with_data(template={"response": "{output}"}))
+    in_file, in_shell = re.findall(r"(prompt: \".*\") in a file, (data\.template\.prompt='.*') in a shell", help)[0]
+    (tmp_path / "a.yaml").write_text(f"data:\n  template:\n    {in_file}\n", encoding="utf-8")
+    (typed,) = shlex.split(in_shell)
+    for given in (read_config_file(tmp_path / "a.yaml"), parse_overrides([typed])):
+        template = settle(with_data(), given).settings.data.template
+        assert template.prompt == expected
+
+
+@pytest.mark.parametrize("field", ["prompt", "response"])
+def test_a_line_break_that_is_spelt_out_is_refused(field: str) -> None:
+    own = {"prompt": "{q}", "response": "{a}", field: "{x}\\n"}
+    for template in (own, ["koat", own]):
+        line = only(with_data(template=template))
+        assert f"{field}: received '{{x}}\\\\n' (from file); it holds a backslash and the letter n" in line
+        assert "double quotes" in line and "in a shell" in line
 
 
 def test_long_values_are_shortened() -> None:

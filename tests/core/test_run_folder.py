@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from koat.core.atomic import atomic_folder, clean_leftovers, recover, write_json, write_text, write_yaml
+from koat.core.atomic import _HOST, atomic_folder, clean_leftovers, recover, write_json, write_text, write_yaml
 from koat.core.errors import DataError, RunFolderError
 from koat.core.fingerprint import fingerprint_file
 from koat.core.json_lines import append_line, read_lines, truncate_lines
@@ -345,16 +345,22 @@ def test_the_next_writer_recovers_before_it_writes(tmp_path: Path) -> None:
 
 
 def test_leftovers_of_the_living_and_other_files_stay(tmp_path: Path) -> None:
-    others = [".hidden", ".a.tmp", "b.tmp-1-00000000-0"]
+    dead = FORK.Process(target=int)
+    dead.start()
+    dead.join()
+    elsewhere = f".a.tmp-ffffffff-{dead.pid}-00000000-0"
+    others = [".hidden", ".a.tmp", f"b.tmp-{_HOST}-1-00000000-0", elsewhere, elsewhere.replace("tmp", "old")]
     for name in others:
         (tmp_path / name).write_text("x")
-    parent = tmp_path / f".a.tmp-{os.getppid()}-00000000-0"
+    gone = tmp_path / f".a.tmp-{_HOST}-{dead.pid}-00000000-0"
+    gone.write_text("x")
+    parent = tmp_path / f".a.tmp-{_HOST}-{os.getppid()}-00000000-0"
     parent.write_text("x")
-    before_my_time = tmp_path / f".a.tmp-{os.getpid()}-00000000-0"
+    before_my_time = tmp_path / f".a.tmp-{_HOST}-{os.getpid()}-00000000-0"
     before_my_time.write_text("x")
     with atomic_folder(tmp_path / "mine") as folder:
         clean_leftovers(tmp_path)
-        assert folder.exists() and parent.exists() and not before_my_time.exists()
+        assert folder.exists() and parent.exists() and not before_my_time.exists() and not gone.exists()
     assert names(tmp_path) == sorted([*others, parent.name, "mine"])
     clean_leftovers(tmp_path / "nowhere")
 
@@ -369,6 +375,14 @@ def test_lines_are_appended_and_read(tmp_path: Path) -> None:
     for value in values:
         append_line(target, value)
     assert read_lines(target) == values and target.read_bytes().count(b"\n") == 2
+
+
+def test_lines_need_no_call_that_only_some_systems_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("pread", "pwrite"):
+        monkeypatch.delattr(os, name)
+    for step in range(3):
+        append_line(tmp_path / "metrics.jsonl", {"step": step})
+    assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [0, 1, 2]
 
 
 @pytest.mark.parametrize("torn", [b'{"step": 2, "te', '{"step": 2, "text": "한'.encode()[:-1], b"\0\0\0"])

@@ -81,6 +81,14 @@ def test_rows(tmp_path: Path, row: Any, expected: str) -> None:
             [{"role": "user", "content": "u"}, {"role": "assistant", "content": ""}],
             "messages[1]: field 'content' is empty",
         ),
+        (
+            [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a", "weight": 0.5}],
+            "messages[1]: field 'weight' must be 0 (not trained on) or 1, but holds the number 0.5",
+        ),
+        (
+            [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a", "weight": 0}],
+            "field 'messages' has 2 messages but all of weight 0: nothing to learn",
+        ),
     ],
 )
 def test_conversations(tmp_path: Path, messages: Any, expected: str) -> None:
@@ -136,6 +144,32 @@ def test_files(tmp_path: Path, name: str, text: str, expected: str) -> None:
     path = tmp_path / name
     path.write_text(text, encoding="utf-8")
     assert expected in refuse(path)
+
+
+@pytest.mark.parametrize(
+    ("stray", "span"),
+    [
+        ({3: '3,"a'}, "lines 4 to 1001"),
+        ({3: '3,"a', 400: '400,b "quoted" word'}, "lines 4 to 401"),
+        ({999: '999,"a'}, "lines 1000 to 1001"),
+    ],
+)
+def test_a_stray_quotation_mark_does_not_swallow_lines(tmp_path: Path, stray: dict[int, str], span: str) -> None:
+    lines = ["instruction,output", *(stray.get(number, f"{number},b") for number in range(1, 1001))]
+    path = tmp_path / "a.csv"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    for mode in ("error", "skip"):
+        message = refuse(path, on_bad_row=mode)
+        assert f"{path}: {span} cannot be read as CSV" in message
+        assert f"Correct line {span.split()[1]}" in message
+
+
+def test_a_bad_line_of_csv_is_one_bad_row(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text('instruction,output\n1,b\n2,"b" c\n3,"b\nb"\n4,"b', encoding="utf-8")
+    found = read_records(str(path), on_bad_row="skip")
+    assert [record.fields["instruction"] for record in found.records] == ["1", "3"]
+    assert [line.split(" (")[0] for line in found.bad_rows] == [f"{path}:{n}: is not valid CSV" for n in (3, 6)]
 
 
 def test_all_rows_bad_is_an_error_even_when_skipping(tmp_path: Path) -> None:

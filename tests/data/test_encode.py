@@ -270,3 +270,43 @@ def test_short_siblings_keep_their_whole_context(plain: Any) -> None:
     found = encode_records(ask(), templates, plain, max_length=limit, overflow="truncate_context")
     assert found.report.num_truncated == 1
     assert [a == b for a, b in zip(found.sequences, whole, strict=True)] == [len(s) <= limit for s in whole]
+
+
+def test_an_answer_of_weight_0_is_read_and_not_trained_on(chatml: Any) -> None:
+    turns = (Turn("user", "u"), Turn("assistant", "a", supervised=False), Turn("user", "v"), Turn("assistant", "b"))
+    template = resolve_template("chat")
+    plain = tuple(replace(turn, supervised=True) for turn in turns)
+    found = encode_records([Record({}, turns)], template, chatml).sequences[0]
+    whole = encode_records([Record({}, plain)], template, chatml).sequences[0]
+    assert chatml.decode(found.token_ids) == chatml.decode(whole.token_ids)
+    trained = [token for token, mark in zip(found.token_ids, found.supervised, strict=True) if mark]
+    assert chatml.decode(trained) == "b<|im_end|><|endoftext|>"
+    # Behind the last answer that is trained on, nothing is left to learn, not even where to stop.
+    last = (*plain[:2], plain[2], replace(plain[3], supervised=False))
+    (shorter,) = encode_records([Record({}, last)], template, chatml).sequences
+    assert shorter == encode_records([Record({}, plain[:2])], template, chatml).sequences[0]
+    with pytest.raises(DataError, match=r"1 rows have messages of weight 0.*first is x:1.*loss_on=response"):
+        encode_records([Record({}, turns, source="x:1")], template, chatml, loss_on="all")
+
+
+def test_system_messages_without_a_place_are_counted(chatml: Any) -> None:
+    fields = {"instruction": "u", "output": "a", "system": "s"}
+    talk = (Turn("system", "s"), Turn("user", "u"), Turn("assistant", "a"))
+    records = [Record(fields), Record(fields, talk), Record(fields | {"system": " "})]
+    custom = TemplateSettings(prompt="{system} {instruction}")
+    lines = encode_records(records, resolve_template(["koat", custom, "chat"]), chatml).report.lines()
+    assert [line for line in lines if "system" in line] == [
+        "2 rows have a system message, and the template koat has no place for it: use data.template=chat."
+    ]
+
+
+def test_rows_with_nothing_in_their_prompt_are_counted_and_kept(chatml: Any) -> None:
+    records = [Record({"instruction": text, "input": "", "output": "a"}) for text in ("", " ", "u")]
+    records.append(Record({"instruction": "", "input": "x", "output": "a"}))
+    for template, expected in (("koat", 3), (["koat", "chat"], 3), ("chat", 2)):
+        report = encode_records(records, resolve_template(template), chatml).report
+        assert report.num_blank == expected, template
+        assert f"{expected} rows have nothing in their prompt: all its fields are empty." in report.lines()
+    assert report.num_sequences == 4
+    talk = Record({}, (Turn("user", "u"), Turn("assistant", "a")))
+    assert encode_records([talk], resolve_template("chat"), chatml).report.num_blank == 0

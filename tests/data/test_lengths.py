@@ -11,7 +11,7 @@ import pytest
 from koat.core.sequence import Sequence, supervise_from
 from koat.data import lengths
 from koat.data.encode import encode_records
-from koat.data.lengths import count_forest_tokens, draw_histogram, summarise_lengths
+from koat.data.lengths import LengthSummary, count_forest_tokens, draw_histogram, summarise_lengths
 from koat.data.prompts import resolve_template
 from koat.data.readers import read_records
 
@@ -38,18 +38,23 @@ def test_forest_tokens_are_distinct_prefixes(monkeypatch: pytest.MonkeyPatch, ch
             assert count_forest_tokens(sequences) == count_prefixes(sequences)
 
 
-def test_steps_keep_groups_together() -> None:
+def summarise(sequences: list[Sequence], step_size: int = 16) -> LengthSummary:
+    """Summarise sequences that are taken in their own order."""
+    order = list(range(len(sequences)))
+    return summarise_lengths(sequences, [order[at : at + step_size] for at in range(0, len(order), step_size)])
+
+
+def test_a_step_shares_what_its_own_sequences_share() -> None:
     rng = random.Random(0)
     sequences = draw(rng, 45, 3)
-    order = [s for name in dict.fromkeys(s.group for s in sequences if s.group) for s in sequences if s.group == name]
-    summary = summarise_lengths([*order, *(s for s in sequences if not s.group)], step_size=16)
-    laid_out = [*order, *(s for s in sequences if not s.group)]
-    assert summary.num_step_tokens == sum(count_prefixes(laid_out[i : i + 16]) for i in range(0, 45, 16))
-    # However the sequences come, a group is laid out where its first member stands.
-    apart = [Sequence((9, 9, i), (False,) * 3, f"g{i % 2}") for i in range(32)]
-    together = summarise_lengths(apart, step_size=16)
-    assert together.num_step_tokens == 2 * (2 + 16)
-    assert together.step_saving == pytest.approx(96 / 36)
+    order = rng.sample(range(45), 45)
+    steps = [order[:20], order[20:21], order[21:]]
+    summary = summarise_lengths(sequences, steps)
+    assert summary.num_step_tokens == sum(count_prefixes([sequences[index] for index in step]) for step in steps)
+    assert summary.step_size == 24
+    pairs = [Sequence((9, 9, i), (False,) * 3) for i in range(32)]
+    assert summarise(pairs).num_step_tokens == 2 * (2 + 16)
+    assert summarise(pairs).step_saving == pytest.approx(96 / 36)
 
 
 def test_counts_by_hand() -> None:
@@ -62,7 +67,7 @@ def test_counts_by_hand() -> None:
         supervise_from((7, 9), 1),
         supervise_from((5, 6, 7, 8, 9), 3),
     ]
-    summary = summarise_lengths(sequences)
+    summary = summarise(sequences)
     assert (summary.num_sequences, summary.num_tokens, summary.num_supervised) == (7, 24, 2 * 3 + 1 + 2 + 2)
     assert summary.num_duplicates == 1
     # Prompt (1, 2) has three responses over four sequences; prompts of one token say nothing.
@@ -74,7 +79,7 @@ def test_counts_by_hand() -> None:
 
 def test_percentiles_overflow_and_histogram() -> None:
     sequences = [Sequence((0,) * n, (False,) * n) for n in (*range(1, 100), 1_000)]
-    summary = summarise_lengths(sequences)
+    summary = summarise(sequences)
     assert summary.percentiles == {50: 50, 90: 90, 95: 95, 99: 99, 100: 1_000}
     assert summary.overflow == {256: 1, 512: 1, 1024: 0, 2048: 0, 4096: 0}
     assert summary.histogram == [
@@ -92,7 +97,7 @@ def test_histograms_count_everything_once() -> None:
     rng = random.Random(3)
     for spread in (0, 1, 5, 30, 700, 20_000):
         sizes = [1 + rng.randint(0, spread) for _ in range(60)]
-        histogram = summarise_lengths([Sequence((0,) * n, (False,) * n) for n in sizes]).histogram
+        histogram = summarise([Sequence((0,) * n, (False,) * n) for n in sizes]).histogram
         assert len(histogram) <= 13
         for first, last, count in histogram:
             assert count == sum(first <= size <= last for size in sizes)
@@ -101,14 +106,14 @@ def test_histograms_count_everything_once() -> None:
 
 def test_nothing_to_summarise_is_a_bug() -> None:
     with pytest.raises(ValueError, match="no sequence"):
-        summarise_lengths([])
+        summarise_lengths([], [])
 
 
 def test_real_korquad_shares_its_contexts(shared: Path, plain: Any) -> None:
     records = read_records(str(shared / "qa/KorQuAD_v1.0_dev.json")).records[:150]
     first = encode_records(records, resolve_template("koalpaca-context"), plain).sequences
     last = encode_records(records, resolve_template("koalpaca-question-first"), plain).sequences
-    summary = summarise_lengths(first)
+    summary = summarise(first)
     assert summary.num_forest_tokens == count_prefixes(first)
-    assert summary.saving > 3 > 1.1 > summarise_lengths(last).saving
+    assert summary.saving > 3 > 1.1 > summarise(last).saving
     assert summary.num_forest_tokens <= summary.num_step_tokens < summary.num_tokens / 2

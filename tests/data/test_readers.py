@@ -14,6 +14,7 @@ from koat.core.errors import DataError
 from koat.data.hub import looks_like_hub_id
 from koat.data.readers import clean_text, read_records
 from koat.data.splits import split_by_title
+from koat.data.templates import TextTemplate
 
 ALPACA = [
     {"instruction": "더하기", "input": "1 2", "output": "3"},
@@ -201,6 +202,21 @@ def test_columns_values_and_cleaning(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv"])
+def test_rows_on_one_context_are_one_group(tmp_path: Path, name: str) -> None:
+    contexts = ("갑", "을", "갑", "")
+    rows = [{"context": text, "question": str(number), "answer": "x"} for number, text in enumerate(contexts)]
+    table = "context,question,answer\n" + "".join(f"{','.join(row.values())}\n" for row in rows)
+    path = write(tmp_path / name, table if name == "a.csv" else to_lines(rows))
+    records = read_records(path, columns={"instruction": "question", "output": "answer"}).records
+    first, second, third, fourth = (record.group for record in records)
+    assert first == third != second
+    assert first and second and not fourth
+    # The context is the template's field, whatever the file calls it.
+    renamed = read_records(path, columns={"input": "context", "context": "question", "output": "answer"}).records
+    assert len({record.group for record in renamed}) == 4
+
+
 def test_mapped_json_and_unmapped_json_as_a_table(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", to_lines([{"q": "x", "a": "y", "n": 1}]))
     mapped = read_records(path, columns={"instruction": "q", "output": "a"})
@@ -222,6 +238,32 @@ def test_hangul_taken_apart_is_cleaned_as_if_it_were_joined(tmp_path: Path) -> N
     assert clean_text("hangul", apart) == clean_text("hangul", text) == "값이 재밌다 ㅋㅋㅠㅠ 점 "
     path = write(tmp_path / "a.tsv", f"d\tlabel\n{apart}\t1\n")
     assert read_records(path, clean={"d": "hangul"}).records[0].fields["d"] == "값이 재밌다 ㅋㅋㅠㅠ 점 "
+
+
+@pytest.mark.parametrize("of_file", ["NFC", "NFD"])
+@pytest.mark.parametrize("of_settings", ["NFC", "NFD"])
+@pytest.mark.parametrize("name", ["a.tsv", "a.csv", "a.jsonl"])
+def test_names_are_the_same_however_their_letters_are_put_together(
+    tmp_path: Path, name: str, of_file: str, of_settings: str
+) -> None:
+    def spell(text: str, kind: str = of_settings) -> str:
+        return unicodedata.normalize(kind, text)  # type: ignore[arg-type]
+
+    rows = [{"문장": "좋다", "분류": "긍정"}, {"문장": "싫다", "분류": "부정"}]
+    mark = "," if name == "a.csv" else "\t"
+    table = "".join(f"{mark.join(line)}\n" for line in (rows[0], *(row.values() for row in rows)))
+    path = write(tmp_path / name, spell(to_lines(rows) if name == "a.jsonl" else table, of_file))
+    found = read_records(
+        path,
+        columns={spell("지시"): spell("문장")},
+        values={spell("분류"): {spell("긍정"): "+", spell("부정"): "-"}},
+        clean={spell("분류"): "strip"},
+    )
+    assert [record.fields["분류"] for record in found.records] == ["+", "-"]
+    # The text itself stays as it was written.
+    assert [record.fields["지시"] for record in found.records] == [spell(row["문장"], of_file) for row in rows]
+    own = TextTemplate("own", (spell("{지시}:"),), spell("{분류}"))
+    assert own.render(found.records[0])[1].text == "+"
 
 
 def test_skipping_counts_and_lists_bad_rows(tmp_path: Path) -> None:
@@ -308,3 +350,36 @@ def test_what_may_be_a_hub_id(
     (tmp_path / "tests").mkdir()
     monkeypatch.chdir(tmp_path)
     assert looks_like_hub_id(name, named=named) is expected
+
+
+def read_turns(path: Path, row: dict[str, object]) -> list[tuple[str, str]]:
+    """Write one conversation to a file, read it, and return its roles and texts."""
+    (record,) = read_records(write(path, to_lines([row]))).records
+    return [(turn.role, turn.text) for turn in record.turns]
+
+
+def test_a_system_message_beside_the_turns_comes_first(tmp_path: Path) -> None:
+    talk = [("human", "u"), ("gpt", "a")]
+    shares = {"system": "s", "conversations": [{"from": role, "value": text} for role, text in talk]}
+    expected = [("system", "s"), ("user", "u"), ("assistant", "a")]
+    assert read_turns(tmp_path / "a.jsonl", shares) == expected
+    for nothing in ("", " ", None):
+        assert read_turns(tmp_path / "a.jsonl", shares | {"system": nothing}) == expected[1:]
+    own = {"system": "s", "messages": [{"role": role, "content": text} for role, text in [("system", "t"), *talk]]}
+    assert read_turns(tmp_path / "a.jsonl", own) == [("system", "t"), *expected[1:]]
+    # A column may be mapped onto it, and a template that names it has it from the turns too.
+    found = read_records(write(tmp_path / "b.jsonl", to_lines([shares])), columns={"system": "system"})
+    assert found.records[0].turns[0].text == "s"
+    record = read_records(write(tmp_path / "c.jsonl", to_lines([{"messages": own["messages"]}]))).records[0]
+    assert record.fields["system"] == "t"
+
+
+def test_what_messages_hold_and_nothing_renders_is_counted(tmp_path: Path) -> None:
+    call = {"role": "assistant", "content": "a", "tool_calls": [{"id": 1}], "reasoning_content": "r", "refusal": None}
+    rows = [{"messages": [{"role": "user", "content": "u", "weight": 1}, call]}] * 2
+    plain = {"messages": [{"role": "user", "content": "u", "name": ""}, {"role": "assistant", "content": "a"}]}
+    found = read_records(write(tmp_path / "a.jsonl", to_lines([*rows, plain])))
+    expected = "2 messages hold what no template renders, under the keys: tool_calls, reasoning_content"
+    assert found.remarks == [expected]
+    assert found.describe_oddities() == [expected]
+    assert read_records(write(tmp_path / "b.jsonl", to_lines([plain]))).remarks == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,13 +25,10 @@ def test_a_method_brings_its_learning_rate_and_a_flag_overrides_it() -> None:
     assert (named.settings.training.learning_rate, named.origins["training.learning_rate"]) == (0.125, "flag")
 
 
-def test_the_learning_rate_goes_with_the_targets(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(METHODS["ia3"].learning_rates, "paper", 0.25)
-    monkeypatch.setitem(METHODS["ia3"].learning_rates, "", 0.5)
-    for targets, rate in (("paper", 0.25), ("attention", 0.5), (["k_proj"], 0.5), (None, 0.25)):
-        adapter = {} if targets is None else {"targets": targets}
-        training = resolve_run(RunConfig, flags={**NEEDED, "adapter": adapter}).settings.training
-        assert training.learning_rate == rate
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_brings_its_own_rate(method: str) -> None:
+    settings = resolve_run(RunConfig, flags={**NEEDED, "adapter": {"method": method}}).settings
+    assert settings.training.learning_rate == METHODS[method].learning_rate
 
 
 def test_later_sources_win(tmp_path: Path) -> None:
@@ -83,6 +81,14 @@ def test_an_unknown_method_is_answered_with_the_nearest(method: str) -> None:
         resolve_run(RunConfig, flags={**NEEDED, "adapter": {"method": method}})
 
 
+@pytest.mark.parametrize(("method", "shown"), [(["ia3"], "['ia3']"), ({"a": 1}, "{'a': 1}"), (3, "3")])
+@pytest.mark.parametrize("schema", [RunConfig, PlanConfig])
+def test_a_method_that_is_no_name_is_refused(method: Any, shown: str, schema: type[Any]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolve_run(schema, flags={**NEEDED, "adapter": {"method": method}})
+    assert f"adapter.method: received {shown} (from flag); allowed: 'ia3', 'lora'" in str(caught.value)
+
+
 def test_an_unknown_recipe_is_answered_with_the_nearest() -> None:
     with pytest.raises(ConfigError, match="demo-lora"):
         resolve_run(RunConfig, recipe="demo-lroa")
@@ -97,3 +103,10 @@ def test_the_last_layer_that_says_anything_decides() -> None:
     layers = [Layer("recipe", {"a": {"b": 1}}), Layer("file", {"a": None}), Layer("flag", {"a": {"c": 3}})]
     assert merge_values(layers, ("a", "b")) == 1
     assert merge_values(layers, ("a", "d")) is None
+
+
+def test_published_instructions_with_empty_answers_are_skipped_not_refused() -> None:
+    """Stanford Alpaca has 28 rows without an output."""
+    data = read_recipe("alpaca-lora")["data"]
+    assert data["train"] == ["tatsu-lab/alpaca"]
+    assert data["on_bad_row"] == "skip"

@@ -72,8 +72,7 @@ def test_the_configuration_kept_is_the_resolved_one(finished: Path, place: Path)
     whole = {"method": "ia3", "targets": "paper", "feedforward": [], "reach": "peft", "start": None}
     assert kept["adapter"] == whole
     assert (kept["training"]["max_steps"], kept["training"]["seed"]) == (6, 3)
-    rates = METHODS["ia3"].learning_rates
-    assert kept["training"]["learning_rate"] == rates.get("paper", rates[""])
+    assert kept["training"]["learning_rate"] == METHODS["ia3"].learning_rate
     assert kept["data"]["template"] == "koalpaca"
 
 
@@ -273,3 +272,35 @@ def test_choice_losses_learn_from_the_other_words_of_a_field(place: Path, tmp_pa
     assert all(line["unique_tokens"] < line["tokens"] for line in whole)
     status, _, error = call_koat(*list_arguments(place), "--out", tmp_path / "none", "training.choice_loss=1")
     assert status == 2 and "data.values" in error
+
+
+def test_two_processes_cannot_train_in_one_folder(place: Path, tmp_path: Path) -> None:
+    settings = {
+        "model": {"base": str(place / "base")},
+        "data": {"train": [str(place / "rows.jsonl")]},
+        "training": {"max_steps": 4, "batch_size": 4, "save_every": 1},
+    }
+    refused: list[str] = []
+
+    def try_at_the_same_time(record: Any) -> None:
+        if record.step == 2:
+            for options in ({"resume": True}, {"overwrite": True}, {}):
+                given = () if "resume" in options else (settings,)
+                with pytest.raises(RunFolderError, match="being worked on by another process"):
+                    koat.finetune(*given, out=tmp_path / "run", **options)
+                refused.append(str(options))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        koat.finetune(settings, out=tmp_path / "run", on_step=try_at_the_same_time)
+    assert len(refused) == 3
+    run = koat.finetune(out=tmp_path / "run", resume=True)
+    assert run.is_complete()
+    assert not run.lock.exists()
+
+
+def test_a_lock_that_a_kill_left_is_no_run(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").write_text("", encoding="utf-8")
+    settings = {"model": {"base": str(place / "base")}, "data": {"train": [str(place / "rows.jsonl")]}}
+    assert koat.finetune({**settings, "training": {"max_steps": 1}}, out=tmp_path / "run").is_complete()

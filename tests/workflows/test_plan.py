@@ -63,7 +63,7 @@ def test_settings_come_with_their_origins(tmp_path: Path, place: Path) -> None:
     assert origins["training.batch_size"] == (3, "file")
     assert origins["adapter.targets"] == ("attention", "file")
     assert origins["adapter.method"] == ("ia3", "flag")
-    assert origins["training.learning_rate"] == (METHODS["ia3"].learning_rates[""], "method")
+    assert origins["training.learning_rate"] == (METHODS["ia3"].learning_rate, "method")
     assert origins["training.epochs"] == (1.0, "default")
     assert origins["model.base"] == (str(place / "base"), "flag")
 

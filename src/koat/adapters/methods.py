@@ -54,9 +54,8 @@ class Method:
     """From the method's settings and a model configuration to a PEFT configuration. None: there is no adapter, and
     every weight of the base is trained, in float32."""
     title: str
-    learning_rates: dict[str, float]
-    """Default learning rate by targets; the key "" serves all others. For base models of a billion parameters and
-    more; small ones want ten times that (docs/log.md)."""
+    learning_rate: float
+    """The default, for base models of a billion parameters and more; small ones want ten times that (docs/log.md)."""
     mergeable: bool = True
     allows_checkpointing: bool = True
     allows_weight_decay: bool = True
@@ -102,15 +101,13 @@ def _make_p_tuning(settings: PTuningSettings, config: Any) -> PeftConfig:
 
 
 METHODS: dict[str, Method] = {
-    "ia3": Method(Ia3Settings, _make_ia3, "IA3", {"": 5e-3}, allows_weight_decay=False),
-    "lora": Method(LoraSettings, _make_lora, "LoRA", {"": 2e-4}),
-    "qlora": Method(QloraSettings, _make_lora, "QLoRA", {"": 2e-4}, needs_quantised_base=True),
-    "prefix": Method(
-        PrefixSettings, _make_prefix, "prefix tuning", {"": 1e-2}, mergeable=False, allows_checkpointing=False
-    ),
-    "prompt": Method(PromptSettings, _make_prompt, "prompt tuning", {"": 1e-2}, mergeable=False),
-    "p_tuning": Method(PTuningSettings, _make_p_tuning, "P-tuning", {"": 1e-3}, mergeable=False),
-    "full": Method(FullSettings, None, "full fine-tuning", {"": 2e-5}, allows_quantised_base=False),
+    "ia3": Method(Ia3Settings, _make_ia3, "IA3", 5e-3, allows_weight_decay=False),
+    "lora": Method(LoraSettings, _make_lora, "LoRA", 2e-4),
+    "qlora": Method(QloraSettings, _make_lora, "QLoRA", 2e-4, needs_quantised_base=True),
+    "prefix": Method(PrefixSettings, _make_prefix, "prefix tuning", 1e-2, mergeable=False, allows_checkpointing=False),
+    "prompt": Method(PromptSettings, _make_prompt, "prompt tuning", 1e-2, mergeable=False),
+    "p_tuning": Method(PTuningSettings, _make_p_tuning, "P-tuning", 1e-3, mergeable=False),
+    "full": Method(FullSettings, None, "full fine-tuning", 2e-5, allows_quantised_base=False),
 }
 
 
@@ -185,13 +182,10 @@ def _check_base(method: Method, adapter: Section, model: ModelSettings) -> None:
         )
 
 
-def default_values(method: str, targets: Any = None) -> dict[str, Any]:
+def default_values(method: str) -> dict[str, Any]:
     """Return the settings that a method brings with it, as a configuration layer."""
     row = find_method(method)
-    field = row.settings.model_fields.get("targets")
-    key = (field.default if field else "") if targets is None else targets
-    rate = row.learning_rates.get(key if isinstance(key, str) else "", row.learning_rates[""])
-    brought: dict[str, Any] = {"training": {"learning_rate": rate}}
+    brought: dict[str, Any] = {"training": {"learning_rate": row.learning_rate}}
     if row.make_config is None:
         brought["model"] = {"dtype": "float32"}
     return brought | ({"model": {"quantisation": FOUR_BIT[0]}} if row.needs_quantised_base else {})

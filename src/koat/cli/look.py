@@ -18,18 +18,26 @@ def data() -> None:
 @click.argument("files", nargs=-1, required=True)
 @click.option("--base", default="nano", show_default=True, help="Base model whose tokenizer counts.")
 @click.option("--template", help="Prompt template; see `koat list`.")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="A data setting, e.g. columns='{...}'.")
+@click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="A data setting, e.g. columns='{...}', or a training setting, e.g. training.batch_size=32.",
+)
 def inspect(files: tuple[str, ...], base: str, template: str | None, overrides: tuple[str, ...]) -> None:
     """Show rows, token lengths, what overflows, duplicates, and what a forest saves.
 
     \b
     koat data inspect train.json --base ./my-model --template koalpaca-context
     koat data inspect ratings.tsv --set columns='{instruction: document, output: label}'
+    koat data inspect questions.csv --template koalpaca-context --set training.batch_size=32
     """
     from koat.workflows.shell import run_inspection
 
-    flags = read_flags(tuple(f"data.{item}" for item in overrides), {"data.template": template})
-    run_inspection(list(files), base, flags.get("data", {}))
+    items = tuple(item if item.startswith("training.") else f"data.{item}" for item in overrides)
+    flags = read_flags(items, {"data.template": template})
+    run_inspection(list(files), base, flags.get("data", {}), flags.get("training", {}))
 
 
 @koat.command()

@@ -1,7 +1,7 @@
 """Writing files and folders whole or not at all.
 
-A file or folder is first written under a temporary name beside its place (`.NAME.tmp-PID-LIFE-N`), brought to
-disk, and renamed. A folder that was there before steps aside (`.NAME.old-...`) until the new one stands.
+A file or folder is first written under a temporary name beside its place (`.NAME.tmp-HOST-PID-LIFE-N`),
+brought to disk, and renamed. A folder that was there before steps aside (`.NAME.old-...`) until the new one stands.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ import errno
 import itertools
 import json
 import os
+import platform
 import re
 import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,11 @@ from koat.core.config_files import dump_yaml
 from koat.core.errors import RunFolderError
 
 _LIFE = secrets.token_hex(4)  # tells this process from an earlier one that had its number
+_HOST = blake2b(platform.node().encode(errors="replace"), digest_size=4).hexdigest()
 _counter = itertools.count()
-_LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<kind>tmp|old)-(?P<pid>\d+)-(?P<life>[0-9a-f]{8})-\d+")
+_LEFTOVER = re.compile(
+    r"\.(?P<name>.+)\.(?P<kind>tmp|old)-(?P<host>[0-9a-f]{8})-(?P<pid>\d+)-(?P<life>[0-9a-f]{8})-\d+"
+)
 _REASONS = {
     errno.ENOSPC: ("the disk is full", "Free some space, or write to another disk, then try again."),
     errno.EDQUOT: (
@@ -100,7 +105,8 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 def recover(path: str | Path) -> bool:
     """Put back a folder that had stepped aside when its writer was killed, and remove what the dead left.
 
-    Returns whether something was put back. Leftovers of living processes stay.
+    Returns whether something was put back. Leftovers of living processes stay, and those of other machines, whose
+    processes cannot be asked.
     """
     target, restored = Path(path), False
     for entry, kind in _leftovers(target.parent, target.name):
@@ -184,7 +190,7 @@ def _take_place(temporary: Path, target: Path) -> None:
 
 
 def _beside(path: Path, kind: str) -> Path:
-    return path.with_name(f".{path.name}.{kind}-{os.getpid()}-{_LIFE}-{next(_counter)}")
+    return path.with_name(f".{path.name}.{kind}-{_HOST}-{os.getpid()}-{_LIFE}-{next(_counter)}")
 
 
 def _name_of(leftover: Path) -> str:
@@ -198,12 +204,14 @@ def _leftovers(folder: Path, name: str | None = None) -> list[tuple[Path, str]]:
     found: list[tuple[float, Path, str]] = []
     for entry in folder.iterdir() if folder.is_dir() else ():
         match = _LEFTOVER.fullmatch(entry.name)
-        if match and name in (None, match["name"]) and not _is_alive(int(match["pid"]), match["life"]):
+        if match and name in (None, match["name"]) and not _is_alive(match["host"], int(match["pid"]), match["life"]):
             found.append((entry.lstat().st_mtime, entry, match["kind"]))
     return [(entry, kind) for _, entry, kind in sorted(found, reverse=True)]
 
 
-def _is_alive(pid: int, life: str) -> bool:
+def _is_alive(host: str, pid: int, life: str) -> bool:
+    if host != _HOST:
+        return True
     if pid == os.getpid():
         return life == _LIFE
     if os.name != "posix":  # there, signal 0 is no question but a signal

@@ -84,13 +84,13 @@ class Diagnosis:
             hint = suggest(item, choices) if isinstance(item, str) else ""
             if isinstance(item, (int, float)) and str in kinds and not isinstance(item, bool):
                 hint = "; put it in quotes to make it text"
-            allowed = _allowed(annotation, () if steps else field.metadata)
+            allowed = describe_allowed(annotation, () if steps else field.metadata)
             problems[f"{key}{steps}: received {show_value(item)}{origin}; allowed: {allowed}{hint}"] = None
         return list(problems)
 
     def missing(self, key: str, field: FieldInfo) -> str:
         """Say that a setting is missing, what it is for, and how to set it."""
-        allowed = _allowed(field.annotation, field.metadata)
+        allowed = describe_allowed(field.annotation, field.metadata)
         return f"{key}: missing. {field.description or f'Allowed: {allowed}.'} {_how_to_set(key)}"
 
     def tag(self, sections: Sequence[type[BaseModel]], values: Mapping[str, Any], key: str) -> str:
@@ -200,23 +200,23 @@ _BOUNDS = {
 }
 
 
-def _allowed(annotation: Any, metadata: Sequence[Any] = ()) -> str:
+def describe_allowed(annotation: Any, metadata: Sequence[Any] = ()) -> str:
     """Say in words what a type and its bounds allow."""
     origin, args = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        return _allowed(args[0], [*metadata, *(bound for part in args[1:] for bound in _bounds_of(part))])
+        return describe_allowed(args[0], [*metadata, *(bound for part in args[1:] for bound in _bounds_of(part))])
     if origin in (Union, UnionType):
-        words = [_allowed(member, () if member is NoneType else metadata) for member in args]
+        words = [describe_allowed(member, () if member is NoneType else metadata) for member in args]
         return ", or ".join(dict.fromkeys(words))
     if origin is Literal:
         text = f"one of {', '.join(map(repr, args))}"
     elif origin is list or (origin is tuple and args[-1] is Ellipsis):
         several = len(list(split_union(args[0]))) > 1
-        text = f"a list of ({_allowed(args[0])})" if several else f"a list of {_allowed(args[0])}"
+        text = f"a list of ({describe_allowed(args[0])})" if several else f"a list of {describe_allowed(args[0])}"
     elif origin is dict:
-        text = f"a mapping of {_allowed(args[0])} to {_allowed(args[1])}"
+        text = f"a mapping of {describe_allowed(args[0])} to {describe_allowed(args[1])}"
     elif origin is tuple:
-        text = f"a list of {len(args)}: {', '.join(map(_allowed, args))}"
+        text = f"a list of {len(args)}: {', '.join(map(describe_allowed, args))}"
     elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
         text = f"a group of settings ({', '.join(annotation.model_fields)})"
     else:

@@ -19,7 +19,7 @@ def append_line(path: str | Path, mapping: Mapping[str, Any]) -> None:
     """
     line = encode_text(json.dumps(mapping, ensure_ascii=False, default=os.fspath) + "\n")
     try:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0), 0o666)
     except OSError as error:
         raise cannot_write(Path(path), error.errno, error) from error
     try:
@@ -52,7 +52,10 @@ def truncate_lines(path: str | Path, keep: Callable[[dict[str, Any]], bool]) -> 
 def _mend(path: Path, handle: int) -> int:
     """Make a file of lines end at the end of a line, and return its size in bytes."""
     size = os.fstat(handle).st_size
-    if not size or os.pread(handle, 1, size - 1) == b"\n":
+    if not size:
+        return size
+    os.lseek(handle, -1, os.SEEK_END)  # where to read; what is written goes to the end all the same
+    if os.read(handle, 1) == b"\n":
         return size
     data = path.read_bytes()
     start = data.rfind(b"\n") + 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from koat.core.atomic import cannot_write, clean_leftovers, remove, write_json, write_yaml
 from koat.core.config_files import read_config_file
 from koat.core.errors import ConfigError, RunFolderError, suggest
+from koat.core.lock import hold
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class RunFolder:
         try:
             run.path.mkdir(parents=True, exist_ok=True)
             clean_leftovers(run.path)
-            held = sorted(entry.name for entry in run.path.iterdir())
+            held = run._list_held()
         except FileExistsError:
             raise RunFolderError(f"{path} is a file; a run needs a folder. Choose another `out`.") from None
         except OSError as error:
@@ -51,7 +53,7 @@ class RunFolder:
     def check_overwrite(cls, path: str | Path) -> RunFolder:
         """Return a folder whose run, if it holds anything, may be replaced. Raises RunFolderError for another's."""
         run = cls(Path(path))
-        held = sorted(entry.name for entry in run.path.iterdir()) if run.path.is_dir() else []
+        held = run._list_held() if run.path.is_dir() else []
         if held and run.config.name not in held:
             raise RunFolderError(f"{path} holds {_some(held)} and no run to overwrite. Choose another `out`.")
         return run
@@ -76,6 +78,18 @@ class RunFolder:
                 "that was the `out` of a training run, or train again."
             )
         return run
+
+    def _list_held(self) -> list[str]:
+        return sorted(entry.name for entry in self.path.iterdir() if entry != self.lock)
+
+    @property
+    def lock(self) -> Path:
+        """Held by whoever trains the run; a killed one leaves the file, which holds nobody up."""
+        return self.path / ".lock"
+
+    def hold(self) -> AbstractContextManager[None]:
+        """Keep other processes from training in this folder. Raises RunFolderError when one does already."""
+        return hold(self.lock, self.path)
 
     @property
     def config(self) -> Path:

@@ -8,12 +8,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from koat.core.config import Section
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 Quantisation = Literal["none", "8bit", "nf4", "nf4-double"]
 
 
@@ -49,9 +50,24 @@ class ModelSettings(Section):
 class TemplateSettings(Section):
     """A prompt template of one's own: `{field}` is replaced by that field of a record."""
 
-    prompt: str = Field(description="What is given, for example '### 질문: {instruction}\\n\\n### 답변:'.")
+    prompt: str = Field(
+        description="What is given, in double quotes so that \\n is a line break: "
+        'prompt: "### 질문: {instruction}\\n\\n### 답변:" in a file, '
+        """data.template.prompt='"### 질문: {instruction}\\n\\n### 답변:"' in a shell."""
+    )
     response: str = Field("{output}", description="What is supervised.")
     name: str = Field("custom", description="A name for tables and model cards.")
+
+    @field_validator("prompt", "response")
+    @classmethod
+    def _refuse_spelt_line_breaks(cls, text: str) -> str:
+        if "\\n" in text:
+            raise ValueError(
+                "it holds a backslash and the letter n where a line break is meant. In a file put the text in double "
+                'quotes ("...\\n...") or below `|`; in a shell put single quotes around the double ones '
+                """(data.template.prompt='"...\\n..."')"""
+            )
+        return text
 
 
 Template = str | TemplateSettings
@@ -118,7 +134,7 @@ class TrainingSettings(Section):
         description="`adamw-8bit` keeps its moments in 8 bits; `adamw-paged` moves them to the CPU when a GPU is full.",
     )
     weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay.")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's moment decay rates.")
+    betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="AdamW's moment decay rates.")
     max_grad_norm: float = Field(1.0, ge=0, description="Clip the gradient to this norm; 0 leaves it alone.")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="Type of the computation; `auto` takes bfloat16 on CUDA, float32 elsewhere."
@@ -151,7 +167,7 @@ class TrainingSettings(Section):
     save_every: Positive | None = Field(None, description="Steps between checkpoints; none: with each validation.")
     keep_checkpoints: Positive = Field(2, description="How many checkpoints stay on disk.")
     keep: Literal["best", "last"] = Field("best", description="Which adapter the run ends with, by validation loss.")
-    seed: int = Field(0, ge=0, description="Seeds data order, adapter initialisation and dropout.")
+    seed: int = Field(0, ge=0, lt=2**63, description="Seeds data order, adapter initialisation and dropout.")
 
     @property
     def wants_choices(self) -> bool:

@@ -19,8 +19,9 @@ class ChatTemplate(PromptTemplate):
     """Renders turns through `apply_chat_template`; usable once bound to a tokenizer that has a chat template.
 
     A record that is no conversation becomes one user turn (its context first, where it has one) and one
-    assistant turn. Every assistant turn is supervised, with the end-of-turn mark that the template writes;
-    white space behind that mark belongs to what follows. Turns after the last assistant turn are left out.
+    assistant turn. Every assistant turn is supervised but those of weight 0, with the end-of-turn mark that the
+    template writes; white space behind that mark belongs to what follows. Turns after the last that is supervised
+    are left out.
     """
 
     name: str = "chat"
@@ -43,7 +44,7 @@ class ChatTemplate(PromptTemplate):
         turns = record.turns or (*_make_question(record), Turn("assistant", _take(record, "output")))
         segments: list[Segment] = []
         done = ""
-        for index, turn in enumerate(turns):
+        for index, turn in enumerate(_cut_off(turns)):
             if turn.role != "assistant":
                 continue
             given = self._apply(turns[:index], record, generate=True)
@@ -53,7 +54,7 @@ class ChatTemplate(PromptTemplate):
             if not given.startswith(done):
                 raise DataError(_explain_break(record, index, "rewrites earlier turns when later ones come", done))
             answer = self._trim(full[len(given) :])
-            segments += [Segment(given[len(done) :], supervised=False), Segment(answer, supervised=True)]
+            segments += [Segment(given[len(done) :], supervised=False), Segment(answer, turn.supervised)]
             done = given + answer
         return _mark_context(segments, record)
 
@@ -63,6 +64,10 @@ class ChatTemplate(PromptTemplate):
         if turns[-1].role == "assistant":
             turns = turns[:-1]
         return self._apply(turns, record, generate=True)
+
+    def is_blank(self, record: Record) -> bool:
+        """Whether the record is no conversation, and asks nothing."""
+        return not (record.turns or _find_context(record) or record.fields.get("instruction", "").strip())
 
     def to_mapping(self) -> dict[str, Any]:
         """Describe the template in plain values; its text is the tokenizer's and is saved with that."""
@@ -86,6 +91,12 @@ class ChatTemplate(PromptTemplate):
         """Cut white space that follows an end-of-turn mark: generation stops at the mark."""
         bare = answer.rstrip()
         return bare if bare.endswith(self._marks) else answer
+
+
+def _cut_off(turns: Sequence[Turn]) -> Sequence[Turn]:
+    """Return the turns up to the last that is trained on."""
+    answers = [index for index, turn in enumerate(turns) if turn.role == "assistant" and turn.supervised]
+    return turns[: answers[-1] + 1] if answers else ()
 
 
 def _explain_break(record: Record, index: int, what: str, lost: str) -> str:

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 __all__ = ["EncodeReport", "Encoded", "encode_prompt", "encode_records"]
 
 
+_CHAT = "data.template=chat"
+
+
 @dataclass(slots=True)
 class EncodeReport:
     """Counts of one encoding. A row in two templates counts once as a row and twice as sequences."""
@@ -42,6 +45,10 @@ class EncodeReport:
     """Of the truncated: no answer stands in the kept context any more, though one did in the whole."""
     num_trailing: int = 0
     """Conversations that do not end with the assistant; what follows its last turn teaches nothing."""
+    num_blank: int = 0
+    """Rows whose prompt is made of empty fields alone; they are kept."""
+    num_unheard: dict[str, int] = field(default_factory=dict)
+    """By template: rows with a system message that it has no place for."""
     max_length: int | None = None
     longest: int = 0
     """Length in tokens of the longest sequence before anything was left out or shortened."""
@@ -75,6 +82,11 @@ class EncodeReport:
                 self.num_trailing,
                 "conversations end without the assistant; what follows its last turn is not used.",
             ),
+            (self.num_blank, "rows have nothing in their prompt: all its fields are empty."),
+            *(
+                (count, f"rows have a system message, and the template {name} has no place for it: use {_CHAT}.")
+                for name, count in self.num_unheard.items()
+            ),
         )
         told += [f"{count:,} {text}" for count, text in notes if count]
         if self.left_out:
@@ -107,15 +119,16 @@ def encode_records(
     supervised. `loss_on="all"` supervises every token but the first. `max_length` counts tokens, the end's
     included; None is no limit. `choices` holds all words of a field; a sequence then carries the responses with the
     others as its wrong answers. Raises DataError for a template that does not fit a record, for sequences
-    that are too long under `overflow="error"`, for a tokenizer without an end-of-text token, and when nothing
-    is left.
+    that are too long under `overflow="error"`, for a tokenizer without an end-of-text token, for `loss_on="all"` with
+    answers that are not to be supervised, and when nothing is left.
     """
     _check_option("overflow", overflow, _OVERFLOW)
     _check_option("loss_on", loss_on, _MARKS)
+    _check_weights(records, loss_on)
     end = _find_end(tokenizer)
     report = EncodeReport(num_rows=len(records), num_templates=len(templates), max_length=max_length)
-    report.num_trailing = sum(bool(record.turns) and record.turns[-1].role != "assistant" for record in records)
     bound = [template.bind(tokenizer) for template in templates]
+    _count_oddities(records, bound, report)
     examples = _make_examples(records, bound, tokenizer, end, choices or {}, report)
     report.longest = max(map(len, examples), default=0)
     if max_length is not None and report.longest > max_length:
@@ -132,6 +145,24 @@ def encode_records(
 def _check_option(name: str, value: str, known: Iterable[str]) -> None:
     if value not in known:
         raise DataError(f"unknown {name} {value!r}{suggest(value, known)}; there are: {', '.join(known)}")
+
+
+def _check_weights(records: Sequence[Record], loss_on: str) -> None:
+    masked = [record.source for record in records if not all(turn.supervised for turn in record.turns)]
+    if masked and loss_on == "all":
+        raise DataError(
+            f"data.loss_on=all trains on every token, but {len(masked):,} rows have messages of weight 0, which are "
+            f"not to be trained on; the first is {masked[0]}. Set data.loss_on=response, or take the weights out"
+        )
+
+
+def _count_oddities(records: Sequence[Record], templates: Sequence[PromptTemplate], report: EncodeReport) -> None:
+    """Count what is odd about rows that are kept."""
+    report.num_trailing = sum(bool(record.turns) and record.turns[-1].role != "assistant" for record in records)
+    report.num_blank = sum(any(template.is_blank(record) for template in templates) for record in records)
+    for template in templates:
+        if unheard := sum(template.drops_system(record) for record in records):
+            report.num_unheard[template.name] = unheard
 
 
 def _find_end(tokenizer: PreTrainedTokenizerBase) -> int:

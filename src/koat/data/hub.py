@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from koat.core.errors import DataError, suggest
-from koat.data.formats import join_names
 from koat.data.opening import RawRow, describe_missing
+from koat.data.row_values import join_names
 
 STORED_SUFFIXES = (".parquet", ".arrow")
 _FILE_SUFFIXES = (".json", ".jsonl", ".ndjson", ".tsv", ".csv", ".txt", ".gz", *STORED_SUFFIXES)

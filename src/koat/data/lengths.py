@@ -28,8 +28,8 @@ class LengthSummary:
     `histogram` lists (first length, last length, sequences). `overflow[512]` counts sequences over 512
     tokens. `num_duplicates` counts sequences whose very tokens an earlier one has; `num_conflicts` those
     whose prompt stands elsewhere with another response. `num_forest_tokens` is what all sequences cost when
-    every distinct prefix is computed once, `num_step_tokens` the same in steps of `step_size` sequences,
-    groups kept together.
+    every distinct prefix is computed once, `num_step_tokens` the same in the steps that were given, the largest of
+    `step_size` sequences.
     """
 
     num_sequences: int
@@ -55,8 +55,8 @@ class LengthSummary:
         return self.num_tokens / self.num_step_tokens
 
 
-def summarise_lengths(sequences: Sequence[core.Sequence], step_size: int = 16) -> LengthSummary:
-    """Summarise sequences; at least one is needed."""
+def summarise_lengths(sequences: Sequence[core.Sequence], steps: Sequence[Sequence[int]]) -> LengthSummary:
+    """Summarise sequences, at least one; `steps` lists those of each optimizer step, as indices into them."""
     if not sequences:
         raise ValueError("there is no sequence to summarise")
     lengths = np.array([len(sequence) for sequence in sequences], dtype=np.int64)
@@ -71,8 +71,8 @@ def summarise_lengths(sequences: Sequence[core.Sequence], step_size: int = 16) -
         num_duplicates=len(sequences) - len({sequence.token_ids for sequence in sequences}),
         num_conflicts=_count_conflicts(sequences),
         num_forest_tokens=count_forest_tokens(sequences),
-        num_step_tokens=_count_step_tokens(sequences, step_size),
-        step_size=step_size,
+        num_step_tokens=_count_step_tokens(sequences, steps),
+        step_size=max(map(len, steps)),
     )
 
 
@@ -122,12 +122,8 @@ def _count_conflicts(sequences: Sequence[core.Sequence]) -> int:
     return sum(len(responses[prompt]) > 1 for prompt in prompts)
 
 
-def _count_step_tokens(sequences: Sequence[core.Sequence], step_size: int) -> int:
-    order: dict[str, list[core.Sequence]] = defaultdict(list)
-    for index, sequence in enumerate(sequences):
-        order[f"in {sequence.group}" if sequence.group else f"alone {index}"].append(sequence)
-    grouped = [sequence for members in order.values() for sequence in members]
-    return _count_nodes([(index // step_size, sequence.token_ids) for index, sequence in enumerate(grouped)])
+def _count_step_tokens(sequences: Sequence[core.Sequence], steps: Sequence[Sequence[int]]) -> int:
+    return _count_nodes([(number, sequences[index].token_ids) for number, step in enumerate(steps) for index in step])
 
 
 def _count_nodes(keyed: list[tuple[int, tuple[int, ...]]]) -> int:

@@ -10,23 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from koat.core.errors import DataError, suggest
-from koat.data.formats import (
-    ROW_FORMATS,
-    RowProblem,
-    describe_formats,
-    describe_value,
-    join_names,
-    recognise_format,
-)
+from koat.data.formats import ROW_FORMATS, describe_formats, hash_context, recognise_format
 from koat.data.hub import STORED_SUFFIXES, looks_like_hub_id, read_stored, split_part
-from koat.data.opening import (
-    RawRow,
-    holds_json_lines,
-    parse_document,
-    read_json_lines,
-    read_text,
-)
+from koat.data.messages import describe_unread, put_system_first
+from koat.data.opening import RawRow, holds_json_lines, parse_document, read_json_lines, read_text
 from koat.data.records import Record, Turn
+from koat.data.row_values import RowProblem, compose, compose_keys, describe_value, join_names
 from koat.data.squad import find_misplaced_answers, is_squad_document, read_questions
 from koat.data.tables import guess_delimiter, read_table
 
@@ -44,7 +33,7 @@ class RecordFile:
     """What was read from one place: records, the format found, and what was wrong with the rest.
 
     `bad_rows` lists the rows that were skipped, with their problems. `warnings` lists oddities in rows that
-    were kept.
+    were kept, `remarks` says of all rows together what was not read.
     """
 
     records: list[Record]
@@ -52,6 +41,12 @@ class RecordFile:
     bad_rows: list[str]
     path: str
     warnings: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+
+    def describe_oddities(self) -> list[str]:
+        """Say with numbers what is odd about rows that were kept, one thing a line."""
+        misplaced = f"{len(self.warnings)} answers not where the file says, the first: " if self.warnings else ""
+        return [*(f"{misplaced}{line}" for line in self.warnings[:1]), *self.remarks]
 
 
 def clean_text(name: str, text: str) -> str:
@@ -77,14 +72,18 @@ def read_records(
 
     `columns` maps a template's field to the file's column, which then loses its own name; on conversations
     and SQuAD it maps to a field of the record, which keeps its name. `clean` comes before `values`, which
-    turns coded values into words. Raises DataError for a file that cannot be read or recognised and for the
-    first broken row, or, with `on_bad_row="skip"`, only when no good row is left.
+    turns coded values into words. Names of columns and codes are the same however their letters are put together
+    (NFC). Raises DataError for a file that cannot be read or recognised and for the first broken row, or, with
+    `on_bad_row="skip"`, only when no good row is left.
     """
-    columns, values, clean = columns or {}, values or {}, clean or {}
+    columns = {compose(new): compose(old) for new, old in (columns or {}).items()}
+    values = {key: compose_keys(words) for key, words in compose_keys(values or {}).items()}
+    clean = compose_keys(clean or {})
     known = ("auto", *ROW_FORMATS, "datasets")
     if format not in known:
         raise DataError(f"unknown format {format!r}{suggest(format, known)}; there are: {join_names(known)}")
     found, rows = _open_rows(path_or_id, format)
+    rows = [_compose_row(row) for row in rows]
     if not rows:
         raise DataError(f"{path_or_id}: holds no rows; at least one is needed")
     found = found or _recognise(path_or_id, rows, columns, plain=format == "datasets")
@@ -94,15 +93,12 @@ def read_records(
         columns = {}
     records = collector.collect(((row.source, row) for row in rows), ROW_FORMATS[found].parse)
     kept = {record.source for record in records}
-    warnings = [
-        f"{row.source}: {note}"
-        for row in rows
-        if row.source in kept
-        for note in find_misplaced_answers(_keys(row.value))
-    ]
+    good = [row for row in rows if row.source in kept]
+    warnings = [f"{row.source}: {note}" for row in good for note in find_misplaced_answers(_keys(row.value))]
+    remarks = describe_unread(row.value for row in good) if found == "chat" else []
     refine = _Refiner(path_or_id, records, columns, values, clean)
     records = collector.collect(((record.source, record) for record in records), refine)
-    return RecordFile(records, found, collector.bad_rows, path_or_id, warnings)
+    return RecordFile(records, found, collector.bad_rows, path_or_id, warnings, remarks)
 
 
 def _open_rows(path_or_id: str, format: str) -> tuple[str, list[RawRow]]:
@@ -144,6 +140,10 @@ def _open_json(text: str, name: str, suffix: str, format: str) -> tuple[str, lis
 
 def _keys(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
+
+
+def _compose_row(row: RawRow) -> RawRow:
+    return replace(row, value=compose_keys(row.value)) if isinstance(row.value, Mapping) else row
 
 
 def _recognise(name: str, rows: Sequence[RawRow], columns: Mapping[str, str], *, plain: bool) -> str:
@@ -228,7 +228,10 @@ def _unwrap(row: Any) -> Any:
 
 
 class _Refiner:
-    """Applies column mapping (where it is still to do), cleaning and value words to a record."""
+    """Applies column mapping (where it is still to do), cleaning and value words to a record.
+
+    A record that no format has grouped stands with those that have the same `context`.
+    """
 
     def __init__(
         self,
@@ -259,13 +262,17 @@ class _Refiner:
         for key, words in self.values.items():
             if key not in fields:
                 raise RowProblem(f"field {key!r} is missing; the row has: {join_names(fields)}")
-            if fields[key] not in words:
+            code = compose(fields[key])
+            if code not in words:
                 raise RowProblem(f"field {key!r} holds {fields[key]!r}; values has words for: {join_names(words)}")
-            fields[key] = words[fields[key]]
-        _check_characters(fields, record.turns)
+            fields[key] = words[code]
+        turns = put_system_first(record.turns, fields.get("system", ""))
+        _check_characters(fields, turns)
         if not fields.get("output", "-").strip():
             raise RowProblem("field 'output' is empty after cleaning; it must hold text")
-        return replace(record, fields=fields)
+        context = fields.get("context", "")
+        group = record.group or (hash_context("", context) if context.strip() else "")
+        return replace(record, fields=fields, turns=turns, group=group)
 
 
 def _check_characters(fields: Mapping[str, str], turns: Sequence[Turn]) -> None:

@@ -10,10 +10,11 @@ ROLES = ("system", "user", "assistant")
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One message of a conversation; `role` is one of `ROLES`."""
+    """One message of a conversation; `role` is one of `ROLES`. An answer that is not supervised is only read."""
 
     role: str
     text: str
+    supervised: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from koat.core.errors import DataError, suggest
-from koat.data.formats import join_names
 from koat.data.opening import read_text
 from koat.data.records import Record
+from koat.data.row_values import join_names
 from koat.data.tables import read_table
 
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from koat.core.errors import DataError
-from koat.data.formats import describe_value, join_names
 from koat.data.opening import RawRow
+from koat.data.row_values import describe_value, join_names
 
 
 def is_squad_document(document: Any) -> bool:

@@ -7,8 +7,8 @@ import io
 from collections.abc import Iterator
 
 from koat.core.errors import DataError
-from koat.data.formats import join_names
 from koat.data.opening import RawRow
+from koat.data.row_values import compose, join_names
 
 Cells = tuple[int, list[str], str]
 """Line number, cells, and why the line could not be read (empty when it could)."""
@@ -25,11 +25,12 @@ def read_table(text: str, name: str, delimiter: str) -> tuple[list[str], Iterato
     """Return a table's columns and its rows, broken ones with their problem.
 
     TSV is read with quoting off, as NSMC is: a quotation mark is a character like any other. CSV has standard
-    quoting. Raises DataError for a header that cannot name columns.
+    quoting. Raises DataError for a header that cannot name columns, and for several lines of CSV that cannot be read
+    as one row.
     """
-    lines = _split_tsv(text) if delimiter == "\t" else _split_csv(text)
+    lines = _split_tsv(text) if delimiter == "\t" else _split_csv(text, name)
     number, header, problem = next(lines, (1, [], "has no header row"))
-    columns = [cell.strip() or f"column_{index}" for index, cell in enumerate(header, 1)]
+    columns = [compose(cell.strip()) or f"column_{index}" for index, cell in enumerate(header, 1)]
     twice = sorted({column for column in columns if columns.count(column) > 1})
     if problem or twice:
         reason = problem or f"the header names {join_names(twice)} more than once; each column needs its own name"
@@ -52,7 +53,7 @@ def _split_tsv(text: str) -> Iterator[Cells]:
             yield number, line.split("\t"), ""
 
 
-def _split_csv(text: str) -> Iterator[Cells]:
+def _split_csv(text: str, name: str) -> Iterator[Cells]:
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     while True:
         number = reader.line_num + 1
@@ -61,7 +62,12 @@ def _split_csv(text: str) -> Iterator[Cells]:
         except StopIteration:
             return
         except csv.Error as error:
-            yield number, [], f"is not valid CSV ({error}); is a quotation mark open? TSV has no quoting"
+            problem = f"({error}); is a quotation mark open? TSV has no quoting"
+            if reader.line_num > number:
+                # Left out as one bad row, everything from here to the next quotation mark would be lost.
+                span = f"lines {number} to {reader.line_num}"
+                raise DataError(f"{name}: {span} cannot be read as CSV {problem}. Correct line {number}") from None
+            yield number, [], f"is not valid CSV {problem}"
             continue
         if any(cell.strip() for cell in cells) or len(cells) > 1:
             yield number, cells, ""

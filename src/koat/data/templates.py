@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from koat.core.errors import DataError, suggest
 from koat.data.records import Record
+from koat.data.row_values import compose
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,6 +46,14 @@ class PromptTemplate(ABC):
     @abstractmethod
     def to_mapping(self) -> dict[str, Any]:
         """Describe the template in plain values, to be saved beside an adapter."""
+
+    def is_blank(self, record: Record) -> bool:
+        """Whether all fields that the record's prompt is made of are empty."""
+        return False
+
+    def drops_system(self, record: Record) -> bool:
+        """Whether the record has a system message that its prompt has no place for."""
+        return False
 
     def bind(self, tokenizer: PreTrainedTokenizerBase) -> PromptTemplate:
         """Return the template for use with this tokenizer; most templates do not depend on one."""
@@ -89,8 +98,21 @@ class TextTemplate(PromptTemplate):
         """Describe the template in plain values."""
         return {"kind": "text", "name": self.name, "prompts": list(self.prompts), "response": self.response}
 
+    def is_blank(self, record: Record) -> bool:
+        """Whether all fields that the record's prompt is made of are empty."""
+        named = [name for _, name in self._choose_prompt(record) if name]
+        return bool(named) and not any(record.fields.get(name, "").strip() for name in named)
+
+    def drops_system(self, record: Record) -> bool:
+        """Whether the record has a system message that its prompt has no place for."""
+        has_one = any(turn.role == "system" for turn in record.turns) or record.fields.get("system", "").strip()
+        return bool(has_one) and all(name != "system" for _, name in self._choose_prompt(record))
+
+    def _choose_prompt(self, record: Record) -> list[tuple[str, str]]:
+        return next((parts for parts in self._parsed[:-1] if self._fits(parts, record)), self._parsed[-1])
+
     def _render_given(self, record: Record) -> list[Segment]:
-        parts = next((parts for parts in self._parsed[:-1] if self._fits(parts, record)), self._parsed[-1])
+        parts = self._choose_prompt(record)
         named = [name for _, name in parts]
         context = next((name for name in CONTEXT_FIELDS if name in named), "")
         if not context:
@@ -146,7 +168,7 @@ def _parse(template: str, part: str, text: str) -> list[tuple[str, str]]:
                     f"template {template!r}: {written} in the {part} is not a field; write a field's name "
                     "alone in braces, and double braces that are meant literally: {{ }}"
                 )
-            parts.append((literal, name or ""))
+            parts.append((literal, compose(name or "")))
     except ValueError as error:
         raise DataError(
             f"template {template!r}: the {part} {text!r} cannot be read: {error}; "

@@ -15,13 +15,11 @@ def print_inspection(found: Any) -> None:
         print(f"  broken: {line}")
     if len(file.bad_rows) > 5:
         print(f"  ... and {len(file.bad_rows) - 5} more broken rows")
-    for line in found.report.lines():
+    for line in [*file.describe_oddities(), *found.report.lines(), *found.limit]:
         print(f"  {line}")
-    if lengths is None:
-        return
     print_lengths(lengths)
     shown = found.sample if len(found.sample) <= 600 else f"{found.sample[:400]} … {found.sample[-200:]}"
-    print("  first example, the supervised part in « »:")
+    print("  first example, what is supervised in « »:")
     print("    " + shown.replace("\n", "\n    "))
 
 
@@ -36,6 +34,6 @@ def print_lengths(lengths: Any) -> None:
     print(f"  duplicates: {lengths.num_duplicates:,}; same prompt, another response: {lengths.num_conflicts:,}")
     print(
         f"  of {lengths.num_tokens:,} tokens forests compute {lengths.num_step_tokens:,} in steps of "
-        f"{lengths.step_size} sequences, groups together (a factor of {lengths.step_saving:.2f}); one forest of all "
-        f"{lengths.num_forest_tokens:,} (a factor of {lengths.saving:.2f})"
+        f"{lengths.step_size} sequences, as training takes them (a factor of {lengths.step_saving:.2f}); "
+        f"one forest of all {lengths.num_forest_tokens:,} (a factor of {lengths.saving:.2f})"
     )

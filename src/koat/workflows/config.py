@@ -88,8 +88,8 @@ def resolve_layers(schema: type[Any], layers: list[Layer]) -> Resolved[Any]:
     """Resolve a configuration from the defaults of the method that the layers choose, and the layers over them."""
     method = merge_values(layers, ("adapter", "method")) or "ia3"
     brought: dict[str, Any] = {"adapter": {"method": method}}
-    if method in METHODS:
-        brought |= default_values(method, merge_values(layers, ("adapter", "targets")))
+    if isinstance(method, str) and method in METHODS:
+        brought |= default_values(method)
     if schema is PlanConfig:
         layers = [Layer(layer.origin, {k: v for k, v in layer.values.items() if k != "data"}) for layer in layers]
     return resolve(schema, [Layer("method", brought), *layers])

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from koat.core.config import Layer, Resolved, resolve
-from koat.core.settings import DataSettings, ModelSettings
+from koat.core.settings import DataSettings, ModelSettings, TrainingSettings
 from koat.report.progress import ProgressLine, TrainingDisplay, format_seconds
 from koat.report.tables import format_bytes, make_table, print_table
 
@@ -84,14 +84,15 @@ def run_evaluation(
     print(f"predictions: {subject.predictions}")
 
 
-def run_inspection(files: list[str], base: str, values: dict[str, Any]) -> None:
-    """Inspect data files and print what was found."""
+def run_inspection(files: list[str], base: str, data: dict[str, Any], training: dict[str, Any]) -> None:
+    """Inspect data files as settings of these two groups describe them, and print what was found."""
     quiet_libraries()
     from koat.report.inspection import print_inspection
     from koat.workflows.inspect_data import inspect_files
 
-    settings = resolve(DataSettings, [Layer("flag", {"train": files, **values})]).settings
-    for found in inspect_files(files, settings, ModelSettings(base=base)):
+    settings = resolve(DataSettings, [Layer("flag", {"train": files, **data})]).settings
+    steps = resolve(TrainingSettings, [Layer("flag", training)]).settings
+    for found in inspect_files(files, settings, ModelSettings(base=base), steps):
         print_inspection(found)
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from koat.core.errors import ConfigError, DataError, suggest
-from koat.data.formats import join_names
 from koat.data.opening import RawRow, read_json_lines, read_text
+from koat.data.row_values import join_names
 from koat.data.tables import read_table
 
 Row = dict[str, Any]

@@ -5,16 +5,17 @@ from __future__ import annotations
 import gc
 import shlex
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
-from koat.core.atomic import cannot_write, remove, write_json, write_text, write_yaml
+from koat.core.atomic import remove, write_json, write_text, write_yaml
 from koat.core.config import Resolved, to_mapping
 from koat.core.errors import ConfigError, DataError, KoatError, RunFolderError, TrainingError, suggest
+from koat.core.lock import hold
 from koat.core.run_folder import RunFolder
 from koat.report.comparison import to_csv, to_markdown
 from koat.training.loop import StepRecord
@@ -177,36 +178,9 @@ def record_evaluation(plan: ExperimentPlan, cell: Cell, evaluation: Evaluation) 
     write_json(RunFolder(cell.folder).predictions / RECORD, {"model": model, "evaluations": [*others, asked]})
 
 
-@contextmanager
-def hold_cell(cell: Cell) -> Iterator[None]:
+def hold_cell(cell: Cell) -> AbstractContextManager[None]:
     """Keep other processes from working on a cell. Raises RunFolderError when one does already."""
-    path = cell.folder.with_name(f".{cell.name}.lock")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("w")
-    except OSError as error:
-        raise cannot_write(path, error.errno, error) from error
-    with file:
-        if not _lock(file):
-            raise RunFolderError(
-                f"{cell.folder} is being worked on by another process. Wait for it, or end it, then try again."
-            )
-        yield
-
-
-def _lock(file: IO[str]) -> bool:
-    """Lock a file until it is closed or the process ends, however it ends; true where the system cannot."""
-    try:
-        import fcntl
-    except ImportError:
-        return True
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system without locks
-        return True
-    return True
+    return hold(cell.folder.with_name(f".{cell.name}.lock"), cell.folder)
 
 
 def find_cell(plan: ExperimentPlan, name: str) -> Cell:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from koat.core.errors import DataError
@@ -70,8 +71,8 @@ def choose_prompts(trained: Trained, tokenizer: Any) -> Prompts:
             train, held_out = divide_records(settings, int(config["training"]["seed"]), [])
             templates = resolve_template(settings.template)
             return Prompts(_encode((*held_out, *train)[:NUM_PROMPTS], templates, tokenizer), "the run's own data")
-        except DataError:
-            pass  # the data moved or changed since: the sentences below do as well
+        except (DataError, ValidationError):
+            pass  # the data, or what settings may hold, moved or changed since: the sentences below do as well
     encoded = [tokenizer(text)["input_ids"][:MAX_TOKENS] for text in SENTENCES]
     return Prompts([ids for ids in encoded if ids], "built-in sentences")
 

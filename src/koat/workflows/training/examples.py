@@ -14,6 +14,7 @@ from koat.data.encode import EncodeReport, encode_records
 from koat.data.prompts import PromptTemplate, resolve_template
 from koat.data.readers import RecordFile, read_records
 from koat.data.records import Record
+from koat.data.row_values import compose
 from koat.data.splits import split_by_title
 
 
@@ -48,7 +49,7 @@ def load_examples(
             loss_on=settings.loss_on,
             max_length=min(limits, default=None),
             overflow=settings.overflow,
-            choices={field: list(words.values()) for field, words in settings.values.items()} if with_choices else None,
+            choices=list_choices(settings) if with_choices else None,
         )
         for part, records in (("train", train), ("validation", validation))
         if records
@@ -63,6 +64,11 @@ def load_examples(
     held_out = encoded["validation"].sequences if "validation" in encoded else []
     reports = {part: found.report for part, found in encoded.items()}
     return Examples(encoded["train"].sequences, held_out, templates, reports, remarks)
+
+
+def list_choices(settings: DataSettings) -> dict[str, list[str]]:
+    """Return all words of each coded field, by the name that records have it under."""
+    return {compose(field): list(words.values()) for field, words in settings.values.items()}
 
 
 def divide_records(settings: DataSettings, seed: int, remarks: list[str]) -> tuple[list[Record], list[Record]]:
@@ -89,12 +95,8 @@ def read_all(settings: DataSettings, paths: list[str], remarks: list[str]) -> li
     for path in paths:
         found = read_file(settings, path, settings.on_bad_row)
         records += found.records
-        for what, lines in (
-            ("broken rows skipped", found.bad_rows),
-            ("answers not where the file says", found.warnings),
-        ):
-            if lines:
-                remarks.append(f"{path}: {len(lines)} {what}, the first: {lines[0]}")
+        skipped = [f"{len(found.bad_rows)} broken rows skipped, the first: {line}" for line in found.bad_rows[:1]]
+        remarks += [f"{path}: {line}" for line in [*skipped, *found.describe_oddities()]]
     return records
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,8 @@ def finetune_run(
     """Fine-tune as `resolved` says and leave everything in the run folder `out`.
 
     Files and settings are checked before any weight is read. With `resume` the run in `out` goes on from its
-    latest checkpoint, bit for bit as if it had not stopped. Raises KoatError for what a user can mend.
+    latest checkpoint, bit for bit as if it had not stopped. Raises KoatError for what a user can mend,
+    another process that trains there included.
     """
     config: RunConfig = resolved.settings
     check_combination(config.adapter, config.model, config.training)
@@ -55,22 +57,29 @@ def finetune_run(
     check_offload(config.training, accelerator.device)
     main = accelerator.is_main_process
     say = say if main else lambda text: None
-    run = claim_run(config, out, resume, overwrite) if main else RunFolder(out)
-    pinned = settle_resumed(config, run) if resume else config
-    prepared = prepare_run(pinned, settle_dtype(pinned.model, pinned.training), say)
-    began = time.time()
-    if main:
-        begin_run(run, config, prepared.manifest, resume, overwrite)
-    accelerator.wait_for_everyone()
+    with hold_run(RunFolder(out), resume) if main else nullcontext():
+        run = claim_run(config, out, resume, overwrite) if main else RunFolder(out)
+        pinned = settle_resumed(config, run) if resume else config
+        prepared = prepare_run(pinned, settle_dtype(pinned.model, pinned.training), say)
+        began = time.time()
+        if main:
+            begin_run(run, config, prepared.manifest, resume, overwrite)
+        accelerator.wait_for_everyone()
 
-    with Cost(accelerator.device) as cost:
-        result = train_in_folder(run, prepared, config.training, accelerator, resume, on_step)
-    if main:
-        save_result(run, prepared.model, prepared.tokenizer, prepared.examples.templates[0])
-        ending = {**describe_result(result, cost), "started": began, "finished": True}
-        run.write_manifest({**prepared.manifest, **ending})
-    accelerator.wait_for_everyone()
+        with Cost(accelerator.device) as cost:
+            result = train_in_folder(run, prepared, config.training, accelerator, resume, on_step)
+        if main:
+            save_result(run, prepared.model, prepared.tokenizer, prepared.examples.templates[0])
+            ending = {**describe_result(result, cost), "started": began, "finished": True}
+            run.write_manifest({**prepared.manifest, **ending})
+        accelerator.wait_for_everyone()
     return run
+
+
+def hold_run(run: RunFolder, resume: bool) -> AbstractContextManager[None]:
+    """Keep other processes from training in a run's folder; what is no folder is left to `claim_run` to refuse."""
+    nothing_to_hold = not run.path.is_dir() and (resume or run.path.exists())
+    return nullcontext() if nothing_to_hold else run.hold()
 
 
 def claim_run(config: RunConfig, out: Path, resume: bool, overwrite: bool) -> RunFolder:
