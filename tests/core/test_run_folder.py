@@ -363,6 +363,10 @@ def test_leftovers_of_the_living_and_other_files_stay(tmp_path: Path) -> None:
         assert folder.exists() and parent.exists() and not before_my_time.exists() and not gone.exists()
     assert names(tmp_path) == sorted([*others, parent.name, "mine"])
     clean_leftovers(tmp_path / "nowhere")
+    yesterday = time.time() - 25 * 3600
+    os.utime(tmp_path / elsewhere, (yesterday, yesterday))
+    clean_leftovers(tmp_path)
+    assert not (tmp_path / elsewhere).exists() and (tmp_path / elsewhere.replace("tmp", "old")).exists()
 
 
 # Lines

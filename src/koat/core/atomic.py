@@ -14,6 +14,7 @@ import platform
 import re
 import secrets
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from hashlib import blake2b
@@ -26,6 +27,8 @@ from koat.core.errors import RunFolderError
 _LIFE = secrets.token_hex(4)  # tells this process from an earlier one that had its number
 _HOST = blake2b(platform.node().encode(errors="replace"), digest_size=4).hexdigest()
 _counter = itertools.count()
+A_DAY = 86_400.0
+"""Seconds after which nobody is still writing."""
 _LEFTOVER = re.compile(
     r"\.(?P<name>.+)\.(?P<kind>tmp|old)-(?P<host>[0-9a-f]{8})-(?P<pid>\d+)-(?P<life>[0-9a-f]{8})-\d+"
 )
@@ -105,8 +108,8 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 def recover(path: str | Path) -> bool:
     """Put back a folder that had stepped aside when its writer was killed, and remove what the dead left.
 
-    Returns whether something was put back. Leftovers of living processes stay, and those of other machines, whose
-    processes cannot be asked.
+    Returns whether something was put back. Leftovers of living processes stay. Processes of other machines cannot be
+    asked; what they left is taken for dead after a day (a container has another name after each start).
     """
     target, restored = Path(path), False
     for entry, kind in _leftovers(target.parent, target.name):
@@ -204,14 +207,14 @@ def _leftovers(folder: Path, name: str | None = None) -> list[tuple[Path, str]]:
     found: list[tuple[float, Path, str]] = []
     for entry in folder.iterdir() if folder.is_dir() else ():
         match = _LEFTOVER.fullmatch(entry.name)
-        if match and name in (None, match["name"]) and not _is_alive(match["host"], int(match["pid"]), match["life"]):
-            found.append((entry.lstat().st_mtime, entry, match["kind"]))
+        if match and name in (None, match["name"]):
+            changed, here = entry.lstat().st_mtime, match["host"] == _HOST
+            if not (_is_alive(int(match["pid"]), match["life"]) if here else time.time() - changed < A_DAY):
+                found.append((changed, entry, match["kind"]))
     return [(entry, kind) for _, entry, kind in sorted(found, reverse=True)]
 
 
-def _is_alive(host: str, pid: int, life: str) -> bool:
-    if host != _HOST:
-        return True
+def _is_alive(pid: int, life: str) -> bool:
     if pid == os.getpid():
         return life == _LIFE
     if os.name != "posix":  # there, signal 0 is no question but a signal
