@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,15 @@ from koat.core.errors import ConfigError, DataError
 from koat.data.prompts import KOAT
 from koat.data.templates import TextTemplate
 from koat.evaluation.answer_task import AnswerTask, adjust_answers
-from koat.evaluation.answering import build_prompts, evaluate_answers, name_template, read_answer, read_questions
+from koat.evaluation.answering import (
+    build_prompts,
+    evaluate_answers,
+    make_answer_contract,
+    name_template,
+    predict_answer,
+    read_answer,
+    read_questions,
+)
 from koat.evaluation.answers import score_answer
 from koat.evaluation.catalogue import load_task
 from koat.forest.verify import verify_layout
@@ -102,7 +112,7 @@ def test_the_run_s_template_is_a_condition_and_the_metric_part_of_the_contract(
 def test_a_question_that_does_not_fit_is_kept_out_and_told(
     make_model: Callable[..., Any], tokenizer: Any, questions: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    asked = build_prompts(TASK, read_questions(questions), KOAT, tokenizer, None)
+    asked = build_prompts(TASK, read_questions(TASK, questions), KOAT, tokenizer, None)
     lengths = [len(ids) for ids in asked.prompts]
     room = sorted(lengths)[1] + TASK.max_new_tokens
     short = make_model("llama", vocab_size=VOCABULARY, max_position_embeddings=room)
@@ -114,7 +124,7 @@ def test_a_question_that_does_not_fit_is_kept_out_and_told(
     assert "2 items do not fit" in result.notes[0]
     assert result.notes[0] in caplog.text
     with pytest.raises(DataError, match="none of the 4 questions"):
-        build_prompts(TASK, read_questions(questions), KOAT, tokenizer, 10)
+        build_prompts(TASK, read_questions(TASK, questions), KOAT, tokenizer, 10)
 
 
 def test_an_answer_ends_at_the_first_stop(tokenizer: Any) -> None:
@@ -139,7 +149,33 @@ def test_a_draw_is_smaller_and_repeats(model: Any, tokenizer: Any, questions: st
 def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"instruction": "가", "output": "나"}\n', encoding="utf-8")
     with pytest.raises(DataError, match="context"):
-        read_questions(str(tmp_path / "rows.jsonl"))
+        read_questions(TASK, str(tmp_path / "rows.jsonl"))
+
+
+def test_questions_stand_in_tables_and_rows_as_well(tmp_path: Path, questions: str) -> None:
+    """The same questions from CSV, from JSON lines and from SQuAD's format are one contract but for their ids."""
+    expected = [replace(each, answers=each.answers[:1], id="") for each in read_questions(TASK, questions)]
+    rows = [
+        {"context": fields["context"], "question": fields["question"], "answer": each.answers[0]}
+        for each in expected
+        if (fields := each.record.fields)
+    ]
+    with (tmp_path / "rows.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, ["context", "question", "answer"])
+        writer.writeheader()
+        writer.writerows(rows)
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (tmp_path / "rows.jsonl").write_text(lines, encoding="utf-8")
+    own = TASK.model_copy(update={"columns": {"instruction": "question", "output": "answer"}})
+    for found in (read_questions(TASK, str(tmp_path / "rows.csv")), read_questions(own, str(tmp_path / "rows.jsonl"))):
+        assert [each.id for each in found] == [str(number) for number in range(1, len(rows) + 1)]
+        plain = [replace(each, id="") for each in found]
+        contracts = {make_answer_contract(TASK, each, "f1").hash for each in (plain, expected)}
+        assert len(contracts) == 1
+        assert all(KOAT.render_prompt(each.record) for each in found)
+        assert {predict_answer(each, "가")["text"]["title"] for each in found} == {""}
+    with pytest.raises(DataError, match="which is not there; the file has: context, question, answer"):
+        read_questions(TASK.model_copy(update={"columns": {"output": "reply"}}), str(tmp_path / "rows.csv"))
 
 
 def test_the_task_that_ships_asks_korquad() -> None:

@@ -18,6 +18,14 @@ class AnswerTask(Section):
     name: str = Field(description="Name of the task.", min_length=1)
     title: Words = Field(Words(), description="A line for tables.")
     description: Words = Field(Words(), description="A sentence for reports.")
+    format: Literal["auto", "alpaca", "prompt-completion", "squad", "table", "datasets"] = Field(
+        "auto", description="What the file holds; `auto` looks at its content."
+    )
+    columns: dict[str, str] = Field(
+        default_factory=dict,
+        description="Field of the template: column of the file, as in data.columns; `output` is the right answer. "
+        "Left out, a table has {instruction: question, output: answer}.",
+    )
     template: Template = Field(
         "koalpaca-context", description="Prompt template of a model that was trained with none of its own."
     )

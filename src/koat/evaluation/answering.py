@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -15,6 +16,7 @@ from koat.core.errors import DataError
 from koat.data.prompts import BUILTIN_TEMPLATES, PromptTemplate, resolve_template
 from koat.data.readers import read_records
 from koat.data.records import Record
+from koat.data.row_values import join_names
 from koat.data.tokens import encode_prompts
 from koat.evaluation.answer_task import AnswerTask
 from koat.evaluation.answers import METRICS, score_answer
@@ -28,6 +30,8 @@ from koat.evaluation.room import find_room
 from koat.evaluation.scorer import Progress
 from koat.forest.score import Layout
 
+TABLE_COLUMNS = {"instruction": "question", "output": "answer"}
+"""What the columns of a table of questions are usually called, beside `context`."""
 log = logging.getLogger(__name__)
 
 
@@ -66,7 +70,7 @@ def evaluate_answers(
     model's context with the longest answer are kept out and listed. Raises DataError for what cannot be asked.
     """
     template = (template or resolve_template(task.template)[0]).bind(tokenizer)
-    found = read_questions(data_path)
+    found = read_questions(task, data_path)
     questions = sample_items(found, task)
     started = time.perf_counter()
     asked = build_prompts(task, questions, template, tokenizer, find_room(model))
@@ -109,13 +113,28 @@ def _summarise(
     )
 
 
-def read_questions(path: str) -> list[Question]:
-    """Read questions from a file in the format of SQuAD and KorQuAD. Raises DataError for any other."""
-    records = read_records(path, format="squad").records
-    ids = [record.fields["id"] for record in records]
+def read_questions(task: AnswerTask, path: str) -> list[Question]:
+    """Read questions from a file in the format of SQuAD and KorQuAD, or rows with a context, a question, an answer.
+
+    Raises DataError for rows that lack one of these.
+    """
+    is_table = Path(path.removesuffix(".gz")).suffix in (".csv", ".tsv")
+    columns = task.columns or (TABLE_COLUMNS if is_table else {})
+    found = read_records(path, format=task.format, columns=columns)
+    records, has_several = found.records, found.format == "squad"
+    lacking = [name for name in ("context", "instruction", "output") if name not in records[0].fields]
+    if lacking:
+        raise DataError(
+            f"{records[0].source}: the fields {', '.join(lacking)} are not there; a question on a text has context, "
+            f"instruction and output, and this row {join_names(records[0].fields)}. Name the file's columns in a task "
+            "of your own, in YAML: kind: answer, columns: {instruction: question, output: answer}."
+        )
+    ids = [record.fields.get("id", "") for record in records]
     if "" in ids or len(set(ids)) < len(ids):
         ids = [str(number) for number in range(1, len(records) + 1)]
-    answers = [tuple(json.loads(record.fields["answers"])) for record in records]
+    answers = [
+        tuple(json.loads(record.fields["answers"])) if has_several else (record.fields["output"],) for record in records
+    ]
     return [Question(*parts) for parts in zip(ids, records, answers, strict=True)]
 
 
@@ -178,7 +197,7 @@ def predict_answer(question: Question, text: str) -> dict[str, Any]:
     fields = question.record.fields
     return {
         "id": question.id,
-        "text": {"title": fields["title"], "question": fields["question"]},
+        "text": {"title": fields.get("title", ""), "question": fields["instruction"]},
         "gold": question.answers[0],
         "golds": list(question.answers),
         "predicted": dict.fromkeys(METRICS, text),
@@ -189,7 +208,7 @@ def predict_answer(question: Question, text: str) -> dict[str, Any]:
 def make_answer_contract(task: AnswerTask, questions: Sequence[Question], metric: str) -> Parts:
     """Pin what a score means; the words around article and question are a condition, as every model has its own."""
     asked = [
-        [each.id, each.record.fields["context"], each.record.fields["question"], each.answers] for each in questions
+        [each.id, each.record.fields["context"], each.record.fields["instruction"], each.answers] for each in questions
     ]
     return Parts(
         {

@@ -39,7 +39,8 @@ def run_finetune(resolved: Resolved[Any], out: Path, *, resume: bool, overwrite:
     run = finetune_run(resolved, out, resume=resume, overwrite=overwrite, say=print, on_step=TrainingDisplay().show)
     if int(os.environ.get("RANK", "0")) > 0:  # one of several processes speaks
         return
-    result = run.read_manifest()["result"]
+    manifest = run.read_manifest()
+    result = manifest["result"]
     saved = result["tokens"] / max(1, result["unique_tokens"])
     print(
         f"done in {format_seconds(result['training_seconds'])}: {result['tokens']:,} tokens trained, "
@@ -47,7 +48,13 @@ def run_finetune(resolved: Resolved[Any], out: Path, *, resume: bool, overwrite:
         f"peak memory {format_bytes(result['peak_bytes'])}"
     )
     print(f"kept the adapter of step {result['kept_step']} in {run.adapter}")
-    print(f"next: koat eval {shlex.quote(str(out))} --task nsmc-prompt1 --data FILE --shots-from FILE")
+    print(f"next: koat eval {shlex.quote(str(out))} {suggest_task(manifest['templates'])}")
+
+
+def suggest_task(templates: list[dict[str, Any]]) -> str:
+    """Return the options of an evaluation that suits what was trained on: questions on a text, or choices."""
+    on_text = any("{context}" in str(template) for template in templates)
+    return "--task context-qa --data FILE" if on_text else "--task nsmc-prompt1 --data FILE --shots-from FILE"
 
 
 def run_evaluation(
