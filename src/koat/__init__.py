@@ -24,7 +24,7 @@ from koat.core.errors import (
 )
 
 if TYPE_CHECKING:
-    from koat.workflows.api import compare, evaluate, experiment, finetune, load, merge, plan, write_report
+    from koat.workflows.api import ask, compare, evaluate, experiment, finetune, load, merge, plan, write_report
 
 __all__ = [
     "AdapterError",
@@ -35,6 +35,7 @@ __all__ = [
     "ModelError",
     "RunFolderError",
     "TrainingError",
+    "ask",
     "compare",
     "evaluate",
     "experiment",
@@ -47,7 +48,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in {"compare", "evaluate", "experiment", "finetune", "load", "merge", "plan", "write_report"}:
+    if name in {"ask", "compare", "evaluate", "experiment", "finetune", "load", "merge", "plan", "write_report"}:
         from koat.core.quiet import quieten
 
         quieten()  # before PEFT is imported, and bitsandbytes with it

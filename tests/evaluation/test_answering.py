@@ -22,11 +22,11 @@ from koat.evaluation.answering import (
     make_answer_contract,
     name_template,
     predict_answer,
-    read_answer,
     read_questions,
 )
 from koat.evaluation.answers import score_answer
 from koat.evaluation.catalogue import load_task
+from koat.evaluation.continuations import read_text
 from koat.forest.verify import verify_layout
 from tests.evaluation.conftest import VOCABULARY
 
@@ -128,9 +128,8 @@ def test_a_question_that_does_not_fit_is_kept_out_and_told(
 
 
 def test_an_answer_ends_at_the_first_stop(tokenizer: Any) -> None:
-    task = TASK.model_copy(update={"until": ["\n", "감정"]})
     for text, expected in [(" 긍정\n부정", "긍정"), ("영화 감정 긍정\n", "영화"), ("\n긍정", ""), (" 긍정", "긍정")]:
-        assert read_answer(task, tokenizer(text).input_ids, tokenizer) == expected
+        assert read_text(tokenizer(text).input_ids, ["\n", "감정"], tokenizer) == expected
 
 
 def test_a_draw_is_smaller_and_repeats(model: Any, tokenizer: Any, questions: str) -> None:

@@ -27,6 +27,7 @@ def koat() -> None:
       koat data inspect my_data.jsonl        what is in your data, how long it is
       koat plan --base DIR_OR_ID             what a run will take, before it takes it
       koat finetune --base DIR_OR_ID --data my_data.jsonl --method ia3 --out runs/mine
+      koat ask runs/mine "..."               what it answers
       koat eval runs/mine --task nsmc-prompt1 --data test.tsv --shots-from train.tsv
       koat compare runs/mine runs/other      which is better, by how much, how sure
       koat report runs/mine runs/other       the same as one HTML page

@@ -98,6 +98,10 @@ class TextTemplate(PromptTemplate):
         """Describe the template in plain values."""
         return {"kind": "text", "name": self.name, "prompts": list(self.prompts), "response": self.response}
 
+    def list_fields(self) -> list[str]:
+        """Return the fields that its prompts name, in order."""
+        return list(dict.fromkeys(name for parts in self._parsed for _, name in parts if name))
+
     def is_blank(self, record: Record) -> bool:
         """Whether all fields that the record's prompt is made of are empty."""
         named = [name for _, name in self._choose_prompt(record) if name]

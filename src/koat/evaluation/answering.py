@@ -20,7 +20,7 @@ from koat.data.row_values import join_names
 from koat.data.tokens import encode_prompts
 from koat.evaluation.answer_task import AnswerTask
 from koat.evaluation.answers import METRICS, score_answer
-from koat.evaluation.continuations import Continuations, Ending, continue_prompts
+from koat.evaluation.continuations import Continuations, Ending, continue_prompts, read_text
 from koat.evaluation.contract import Parts, describe_conditions, hash_value
 from koat.evaluation.harvest import sample_items
 from koat.evaluation.metrics import score_values
@@ -95,7 +95,7 @@ def _summarise(
     notes: list[str],
     seconds: float,
 ) -> TaskResult:
-    texts = [read_answer(task, ids, tokenizer) for ids in written.token_ids]
+    texts = [read_text(ids, task.until, tokenizer) for ids in written.token_ids]
     predictions = [predict_answer(*pair) for pair in zip(asked.questions, texts, strict=True)]
     return TaskResult(
         task=task.name,
@@ -183,13 +183,6 @@ def _write_answers(
     return continue_prompts(
         model, layout, tokenizer, asked.prompts, ending, token_budget=token_budget, on_progress=show
     )
-
-
-def read_answer(task: AnswerTask, written: Sequence[int], tokenizer: Any) -> str:
-    """Return what was written as text, up to the first text that ends an answer."""
-    text = str(tokenizer.decode(list(written), skip_special_tokens=True))
-    ends = [place for end in task.until if (place := text.find(end)) >= 0]
-    return text[: min(ends, default=len(text))].strip()
 
 
 def predict_answer(question: Question, text: str) -> dict[str, Any]:

@@ -105,6 +105,13 @@ def continue_prompts(
         return write(prompts, token_budget, on_progress)
 
 
+def read_text(token_ids: Sequence[int], until: Sequence[str], tokenizer: Any) -> str:
+    """Return what was written as text, up to the first of the texts that end it."""
+    text = str(tokenizer.decode(list(token_ids), skip_special_tokens=True))
+    ends = [place for end in until if (place := text.find(end)) >= 0]
+    return text[: min(ends, default=len(text))].strip()
+
+
 def is_greedy(causal: Any, ending: Ending) -> bool:
     """Whether the likeliest token is all that is asked for: no sampling, beams, penalties or processors."""
     asked = {**causal.generation_config.to_diff_dict(), **ending.options}

@@ -12,6 +12,7 @@ from koat.core.config import Layer, resolve
 from koat.core.run_folder import RunFolder
 from koat.core.settings import ModelSettings
 from koat.training.loop import StepRecord
+from koat.workflows.ask import Writing, ask_model, choose_form
 from koat.workflows.comparing.compare import compare_targets
 from koat.workflows.comparing.report import write_report as write_page
 from koat.workflows.config import PlanConfig, RunConfig, resolve_run
@@ -51,6 +52,23 @@ def load(target: str | Path, model: Mapping[str, Any] | None = None) -> Subject:
     """
     settings = resolve(ModelSettings, [Layer("flag", {"base": "", **model})]).settings if model else None
     return open_subject(str(target), settings)
+
+
+def ask(
+    target: str | Path | Subject,
+    *questions: str,
+    template: str | None = None,
+    fields: Mapping[str, str] | None = None,
+    model: Mapping[str, Any] | None = None,
+    **writing: Any,
+) -> list[str]:
+    """Return what a model answers to each question, in the words it was trained with.
+
+    `target` is as for `load`, or what `load` returned. `fields` are the template's other fields (a `context`), and
+    `writing` those of `koat.workflows.ask.Writing`: max_new_tokens, temperature, top_p, seed, until.
+    """
+    subject = target if isinstance(target, Subject) else load(target, model)
+    return ask_model(subject, questions, choose_form(subject, template, fields or {}), Writing(**writing))
 
 
 def evaluate(

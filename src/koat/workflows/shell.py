@@ -6,11 +6,13 @@ import json
 import logging
 import os
 import shlex
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
 from koat.core.config import Layer, Resolved, resolve
+from koat.core.errors import ConfigError
 from koat.core.settings import DataSettings, ModelSettings, TrainingSettings
 from koat.report.progress import ProgressLine, TrainingDisplay, format_seconds
 from koat.report.tables import format_bytes, make_table, print_table
@@ -89,6 +91,59 @@ def run_evaluation(
         return
     print_scores(report)
     print(f"predictions: {subject.predictions}")
+
+
+def run_questions(
+    target: str,
+    questions: list[str],
+    *,
+    loading: dict[str, Any],
+    template: str | None,
+    fields: dict[str, str],
+    context: Path | None,
+    writing: dict[str, Any],
+    as_json: bool,
+) -> None:
+    """Print what a model answers: to these questions, to those on standard input, or, at a terminal, one by one."""
+    quiet_libraries()
+    from koat.data.opening import read_text
+    from koat.data.prompts import resolve_template
+    from koat.workflows.ask import Writing, ask_model, choose_form
+    from koat.workflows.evaluating.subject import open_subject
+
+    how = Writing(**writing)
+    resolve_template(template or "koat")  # before the model is loaded: a wrong name costs nothing
+    texts = {**fields, **({"context": read_text(context).strip()} if context else {})}
+    alone = not questions and sys.stdin.isatty()
+    given = questions or ([] if alone else [line for line in sys.stdin.read().splitlines() if line.strip()])
+    if not given and not alone:
+        raise ConfigError("there is no question: give one after the model, or a line each on standard input.")
+    settings = resolve(ModelSettings, [Layer("flag", {"base": "", **loading})]).settings if loading else None
+    subject = open_subject(target, settings)
+    form = choose_form(subject, template, texts)
+
+    show = ProgressLine("answers").update if len(given) > 1 else lambda *_: None
+    if given:
+        print_answers(given, ask_model(subject, given, form, how, on_progress=show), as_json)
+    while alone and (question := read_question()):
+        print_answers([question], ask_model(subject, [question], form, how), as_json)
+
+
+def print_answers(questions: list[str], answers: list[str], as_json: bool) -> None:
+    """Print answers, each under its question where there are several."""
+    for question, answer in zip(questions, answers, strict=True):
+        if as_json:
+            print(json.dumps({"question": question, "answer": answer}, ensure_ascii=False), flush=True)
+        else:
+            print(f"? {question}\n{answer}" if len(questions) > 1 else answer, flush=True)
+
+
+def read_question() -> str:
+    """Return a line from the terminal; empty at its end."""
+    try:
+        return input("? ").strip()
+    except EOFError:
+        return ""
 
 
 def run_inspection(files: list[str], base: str, data: dict[str, Any], training: dict[str, Any]) -> None:
