@@ -100,3 +100,17 @@ def test_growth_is_refused_where_it_is_not_exact(make_model, monkeypatch) -> Non
     ones = torch.ones
     monkeypatch.setattr("koat.forest.grow.torch.eye", lambda size, **options: ones(size, size, **options))
     assert not verify_growth(model, layout)
+
+
+@pytest.mark.parametrize("spoilt", [0, 1, 4])
+def test_growth_without_finite_numbers_is_not_exact(make_model, monkeypatch, spoilt: int) -> None:
+    def spoil(*given, **more):
+        grown, num_tokens = grow_forest(*given, **more)
+        grown[spoilt].logprobs[-1] = float("nan")
+        return grown, num_tokens
+
+    model = make_model("llama")
+    layout, _ = verify_layout(model)
+    assert verify_growth(model, layout)
+    monkeypatch.setattr("koat.forest.verify.grow_forest", spoil)
+    assert not verify_growth(model, layout)

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from koat.core.differences import find_largest
+
 TYPES = (torch.bfloat16, torch.float16, torch.float32)
 """Types of activations that the kernels compute with."""
 TOLERANCE = 0.02
@@ -59,4 +61,4 @@ def measure_kernels(kernels: Any, device: torch.device, dtype: torch.dtype) -> f
         normed = leaves[0] * (leaves[0].square().mean(-1, keepdim=True) + 1e-6).rsqrt() * vector
         wanted = [product, *torch.autograd.grad(product, leaves, gradient.float())]
         wanted += torch.autograd.grad(normed, leaves[:1], gradient.float())
-    return max(float((a.float() - b).norm() / b.norm()) for a, b in zip(found, wanted, strict=True))
+    return find_largest(float((a.float() - b).norm() / b.norm()) for a, b in zip(found, wanted, strict=True))

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from koat.core.differences import find_largest
 from koat.core.sequence import Sequence, supervise_from
 from koat.core.soft_prompt import has_soft_prompt
 from koat.forest.attend import MASKLESS, AttentionPlan, Kernel, find_windows
@@ -128,7 +129,7 @@ def _find_wrong_kernel(twin: Any, plan: AttentionPlan, compute: torch.dtype) -> 
     try:
         width = int(getattr(config, "head_dim", None) or read_width(config) // config.num_attention_heads)
         windows = dict.fromkeys(window for _, window in plan.windows)
-        wrong = max(measure_tree(width, compute, twin.device, window) for window in windows)
+        wrong = find_largest(measure_tree(width, compute, twin.device, window) for window in windows)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a compiler may fail in any way, and configurations have names of their own
@@ -231,7 +232,7 @@ def verify_growth(model: nn.Module, layout: Layout) -> bool:
         return False
     wholes = [supervise_from(p + tuple(g.token_ids), len(p)) for p, g in zip(prompts, grown, strict=True)]
     set_kernel(twin, pick_cached(twin, find_kernel(twin.config)))
-    worst = max(
+    worst = find_largest(
         float((torch.tensor(each.logprobs) - expected.cpu()).abs().max())
         for each, expected in zip(grown, single_logprobs(twin, wholes), strict=True)
     )
