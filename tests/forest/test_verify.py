@@ -14,7 +14,7 @@ from koat.forest import verify
 from koat.forest.attend import AttentionPlan
 from koat.forest.pack import RowCost
 from koat.forest.probe import make_probe, measure_difference, single_logprobs
-from koat.forest.score import cut_sequences, make_padded, set_kernel, token_logprobs
+from koat.forest.score import cut_sequences, estimate_row_cost, make_padded, set_kernel, token_logprobs
 from koat.forest.twin import make_twin, pick_layer_types
 from koat.forest.verify import TWIN_TOLERANCE, verify_layout
 
@@ -314,6 +314,25 @@ def test_memory_that_runs_out_is_no_fault_of_a_layout(make_model, monkeypatch) -
     monkeypatch.setattr(verify._try_layout, "__defaults__", (run_out,))
     with pytest.raises(torch.OutOfMemoryError):
         verify_layout(make_model("llama"))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_dropout_on_attention_is_trained_with_dense_masks(make_model, caplog, family) -> None:
+    """koat's own kernels draw none: long rows would be priced as free, and cost their square."""
+    name = "attn_pdrop" if family == "gpt2" else "attention_dropout"
+    model = make_model(family, **{name: 0.1})
+    assert verify_layout(model)[0].plan.kernel == "walk"  # nothing is trained, and nothing dropped
+    assert "dense masks" not in caplog.text
+    model.get_input_embeddings().weight.requires_grad_()
+    layout, found = verify_layout(model)
+    assert found.shares and found.kernel == layout.plan.kernel == "sdpa"
+    assert layout.cost == estimate_row_cost(model.config, "sdpa")
+    assert "drops 0.1 of its attention in training" in caplog.text and "dense masks" in caplog.text
+    caplog.clear()
+    model = make_model(family, **{name: 0.0})
+    model.get_input_embeddings().weight.requires_grad_()
+    assert verify_layout(model)[0].plan.kernel == "walk"
+    assert not caplog.text
 
 
 def test_flex_attention_may_be_compiled_for_every_kind_of_row(make_model, monkeypatch) -> None:

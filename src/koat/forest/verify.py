@@ -22,7 +22,7 @@ from koat.core.sequence import Sequence, supervise_from
 from koat.core.soft_prompt import has_soft_prompt
 from koat.forest.attend import MASKLESS, AttentionPlan, Kernel, find_windows
 from koat.forest.grow import grow_forest
-from koat.forest.kernels import find_kernel, list_kernels, pick_cached
+from koat.forest.kernels import find_attention_dropout, find_kernel, list_kernels, pick_cached
 from koat.forest.probe import (
     estimate_rounding,
     make_probe,
@@ -43,6 +43,7 @@ KERNEL_TOLERANCE = 0.05
 """Largest relative difference of tree attention or one of its gradients in a short type; a wrong one gives 1 or 2."""
 COMPILED: tuple[Kernel, ...] = ("tree", "flex")
 """Kernels that each machine compiles for itself: that one way works there says nothing of the way back."""
+DENSE = "Attention runs on dense masks, whose memory grows with the square of a row: %s."
 NOISE_FACTOR = 4.0
 FLOOR = 1e-4
 Measure = Callable[[nn.Module, ListLike[Sequence], Layout], float]
@@ -151,9 +152,18 @@ def verify_layout(
     was_training = causal.training
     causal.eval()
     try:
-        return _verify(model, list_kernels(model, attention), compute or causal.dtype)
+        return _verify(model, _pick_kernels(model, attention), compute or causal.dtype)
     finally:
         causal.train(was_training)
+
+
+def _pick_kernels(model: nn.Module, attention: str) -> list[Kernel]:
+    """Return the kernels to try: those alone that drop attention, and have a price, where training will drop some."""
+    kernels, dropped = list_kernels(model, attention), find_attention_dropout(unwrap(model).config)
+    if not dropped or not trains(model) or len(kernels) == 1:
+        return kernels
+    log.warning(DENSE, f"this model drops {dropped:g} of its attention in training, which other kernels do not compute")
+    return kernels[-1:]
 
 
 def _verify(model: nn.Module, kernels: list[Kernel], compute: torch.dtype) -> tuple[Layout, Verification]:
@@ -183,9 +193,7 @@ def _verify(model: nn.Module, kernels: list[Kernel], compute: torch.dtype) -> tu
         allowed = max(FLOOR, NOISE_FACTOR * noise)
         if difference <= allowed:
             if kernels[0] in COMPILED and layout.plan.kernel != kernels[0]:
-                log.warning(
-                    "Attention runs on dense masks, whose memory grows with the square of a row: %s.", reasons[0]
-                )
+                log.warning(DENSE, reasons[0])
             chosen = _let_stream(layout, (twin, probe, TWIN_TOLERANCE), (model, real, allowed))
             return chosen, Verification(
                 shares=True, split_head=layout.split_head, kernel=layout.plan.kernel, twin_difference=twin_difference,
