@@ -142,6 +142,32 @@ def test_pieces_see_every_pair_once_and_own_each_token_once(
         assert (owned == ~alone).all()
 
 
+@pytest.mark.parametrize("window", [2, 5, 16, 37])
+@pytest.mark.parametrize("narrow", [False, True])
+def test_blocks_under_a_window_equal_dense_attention(
+    window: int, narrow: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chains, branches behind them and a second tree, all longer than a block of 16 and than the window."""
+    monkeypatch.setattr(pieces, "BLOCK", 16)
+    trunk = tuple(range(150))
+    branches = [trunk + tuple(range(1000 * branch, 1000 * branch + 70)) for branch in (1, 2, 3)]
+    batch = make_batch([[*branches, branches[0][:180] + (7,) * 30], [tuple(range(500, 600))], [(1,) * 20]])
+    assert compare(batch, window, groups=2, narrow=narrow) < 2e-6
+
+
+@pytest.mark.parametrize("start", [0, 300])
+@pytest.mark.parametrize(("length", "window"), [(2048, 100), (2048, 512), (2500, 700), (1300, 2047), (4096, 512)])
+def test_no_mask_is_larger_than_a_block_and_a_window(length: int, window: int, start: int) -> None:
+    """One mask for a whole chain would be its square."""
+    position, end = np.arange(length), np.full(length, length)
+    row = list(cut_row(0, position, end, window, num_cached=start))
+    masked = [piece for piece in row if piece.mask is not None]
+    assert all(piece.mask.shape[0] <= 512 and piece.mask.shape[1] <= 512 + window - 1 for piece in masked)
+    assert sum(piece.stop - piece.start for piece in row if not piece.adds) == length - start
+    # What lies within the window of the first token is causal, without a mask.
+    assert start or window < 512 or (row[0].is_causal and row[0].stop == min(length, window))
+
+
 def test_a_trunk_is_one_causal_piece_and_seen_by_all_its_branches_at_once() -> None:
     trunk = tuple(range(900))
     bodies = [trunk + (1000 + branch,) * 31 for branch in range(4)]

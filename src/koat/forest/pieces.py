@@ -78,8 +78,8 @@ def cut_row(
     depth, end = take_out(starts[is_trunk], stops[is_trunk], position, subtree_end)
     roots = np.maximum.accumulate(np.where(depth == 0, np.arange(len(depth)), 0))
     left_out = (position[starts] == 0) & (subtree_end[starts] == starts + 1) | (starts < num_cached)
-    starts_own, stops_own = split_chains(starts[~left_out], stops[~left_out], depth)
-    for first, last in join_segments(starts_own, stops_own, depth[starts_own], roots[starts_own]):
+    starts_own, stops_own = split_chains(starts[~left_out], stops[~left_out], depth, window)
+    for first, last in join_segments(starts_own, stops_own, *limit_reach(starts_own, depth, roots, window)):
         start, stop = int(starts_own[first]), int(stops_own[last])
         queries = choose_queries(start, stop, asking)
         if queries is None or len(queries):
@@ -129,25 +129,38 @@ def count_from(piece: Piece, num_cached: int) -> Piece:
     return replace(piece, start=piece.start - num_cached, stop=piece.stop - num_cached, queries=queries)
 
 
-def split_chains(starts: IntArray, stops: IntArray, position: IntArray) -> tuple[IntArray, IntArray]:
-    """Split long segments that have ancestors: a block's mask hides half of the block, not half of the segment.
+def split_chains(
+    starts: IntArray, stops: IntArray, position: IntArray, window: int | None
+) -> tuple[IntArray, IntArray]:
+    """Split long segments that need a mask: one that has ancestors, or is longer than the window.
 
-    One without ancestors is causal, and its kernel skips what is hidden.
+    A block's mask hides half of the block and what no window reaches, not half of the segment and all before it. What
+    has no ancestors and lies within a window is causal, and its kernel skips what is hidden.
     """
-    parts = [
-        np.arange(start, stop, BLOCK if position[start] else stop - start)
-        for start, stop in zip(starts.tolist(), stops.tolist(), strict=True)
-    ]
+    parts = []
+    for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
+        causal = 0 if position[start] else stop - start if window is None else window
+        parts.append(np.append(start, np.arange(start + max(BLOCK, causal), stop, BLOCK)))
     ends = [np.append(part[1:], stop) for part, stop in zip(parts, stops.tolist(), strict=True)]
     empty = [np.empty(0, np.int64)]
     return np.concatenate([*parts, *empty]), np.concatenate([*ends, *empty])
 
 
+def limit_reach(starts: IntArray, depth: IntArray, roots: IntArray, window: int | None) -> tuple[IntArray, IntArray]:
+    """Return how many ancestors each segment's first token sees, and from where on they lie, at the latest known."""
+    depth, roots = depth[starts], roots[starts]
+    if window is None:
+        return depth, roots
+    seen = np.minimum(depth, window - 1)
+    # Where all between the root and a segment is its path, what the window leaves of that lies right before it.
+    return seen, np.where(starts - roots == depth, starts - seen, roots)
+
+
 def join_segments(starts: IntArray, stops: IntArray, depth: IntArray, roots: IntArray) -> list[tuple[int, int]]:
     """Return which neighbouring segments become one piece, as (first, last), at least total cost.
 
-    A shortest path over the places to cut, as for rows. `depth` and `roots` are those of each segment's first
-    token. Pieces hold no token that stands between segments.
+    A shortest path over the places to cut, as for rows. `depth` is how many ancestors each segment's first token
+    sees, `roots` from where on they lie. Pieces hold no token that stands between segments.
     """
     count = len(starts)
     island = np.cumsum(starts != np.concatenate([starts[:1], stops[:-1]]))
@@ -168,7 +181,7 @@ def join_segments(starts: IntArray, stops: IntArray, depth: IntArray, roots: Int
 
 
 def price_pieces(start: IntArray, stop: IntArray, depth: IntArray, root: IntArray) -> NDArray[np.float64]:
-    """Return what the products of pieces `[start, stop)` cost under `depth` ancestors in a tree from `root`.
+    """Return what the products of pieces `[start, stop)` cost under `depth` ancestors that lie from `root` on.
 
     Either only the keys that are seen, brought together, or all from the root on, as they lie in the row.
     """
