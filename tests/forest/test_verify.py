@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import GPTNeoConfig, GPTNeoForCausalLM, LlamaForCausalLM, LlamaModel
+from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoConfig, GPTNeoForCausalLM, LlamaForCausalLM, LlamaModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from koat.forest import verify
@@ -98,6 +98,29 @@ def test_longrope_runs_one_sequence_at_a_time(make_model, make_sequences, score_
     # Rows of all lengths in one micro-batch; apart by length they would happen to be right.
     joined = replace(make_padded(), cost=RowCost(0.0, start_up=1e9))
     assert measure_worst(model, sequences, joined, score_singly, 10_000) > 0.1
+
+
+@pytest.mark.parametrize("hidden", [32, 64])
+@pytest.mark.parametrize("large", [False, True])
+def test_a_twin_shows_what_small_weights_would_hide(make_model, make_config, hidden, large) -> None:
+    """As families draw them, keys and queries of a narrow model hardly tell one position from another.
+
+    The verdict is of the class, whatever the weights: longrope and short convolutions are inexact.
+    """
+    torch.manual_seed(0)
+    scale = {"initializer_range": 0.01 if not large else 0.2, "hidden_size": hidden}
+    rope = make_config("phi3-longrope").rope_parameters
+    factors = {name: [value[0]] * (hidden // 8) for name, value in rope.items() if isinstance(value, list)}
+    longrope = make_config("phi3-longrope", rope_parameters={**rope, **factors}, **scale)
+    mixing = AutoConfig.for_model(
+        "lfm2", vocab_size=300, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2, block_ff_dim=48,
+        layer_types=["conv", "full_attention"], pad_token_id=None, bos_token_id=None, eos_token_id=None, **scale,
+    )  # fmt: skip
+    for config in (longrope, mixing):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).requires_grad_(False).eval()
+        layout, found = verify_layout(model)
+        assert not layout.shares and "on a float32 twin" in found.reason, config.model_type
+        assert layout.alone is (config.model_type == "phi3")
 
 
 class IgnoresPositions(LlamaModel):
