@@ -329,14 +329,27 @@ def test_windows_by_row_index_are_tried_within_the_probe() -> None:
     assert layout.plan is None and not found.shares
 
 
-def test_memory_that_runs_out_is_no_fault_of_a_layout(make_model, monkeypatch) -> None:
-    def run_out(*given, **more):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+def fail_on_a_gpu(*given, **more):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr(verify, "measure_difference", run_out)
-    monkeypatch.setattr(verify._try_layout, "__defaults__", (run_out,))
-    with pytest.raises(torch.OutOfMemoryError):
-        verify_layout(make_model("llama"))
+
+def fail_on_a_cpu(*given, **more):
+    """Ask PyTorch's own allocator for more than there is."""
+    torch.empty(1 << 60, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("run_out", [fail_on_a_gpu, fail_on_a_cpu])
+@pytest.mark.parametrize("place", ["twin", "layout", "growth"])
+def test_memory_that_runs_out_is_no_fault_of_a_layout(make_model, monkeypatch, run_out, place) -> None:
+    model = make_model("llama")
+    layout, _ = verify_layout(model)
+    if place == "layout":
+        monkeypatch.setattr(verify._try_layout, "__defaults__", (run_out,))
+    monkeypatch.setattr(
+        verify, {"twin": "make_twin", "growth": "grow_forest"}.get(place, "measure_difference"), run_out
+    )
+    with pytest.raises(RuntimeError, match="memory"):
+        verify.verify_growth(model, layout) if place == "growth" else verify_layout(model)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])

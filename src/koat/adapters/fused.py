@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from koat.core.differences import find_largest
+from koat.core.out_of_memory import is_out_of_memory
 
 TYPES = (torch.bfloat16, torch.float16, torch.float32)
 """Types of activations that the kernels compute with."""
@@ -32,9 +33,9 @@ def _load_kernels(device: torch.device, dtype: torch.dtype) -> ModuleType | None
         from koat.adapters import fused_kernels
 
         difference = measure_kernels(fused_kernels, device, dtype)
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # no Triton, or no C compiler for it
+        if is_out_of_memory(error):
+            raise
         log.warning("IA3 and norms run on PyTorch's kernels, which take longer: %s: %s", type(error).__name__, error)
         return None
     if not difference <= TOLERANCE:

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from koat.core.differences import find_largest
+from koat.core.out_of_memory import is_out_of_memory
 from koat.core.sequence import Sequence, supervise_from
 from koat.core.soft_prompt import has_soft_prompt
 from koat.forest.attend import MASKLESS, AttentionPlan, Kernel, find_windows
@@ -100,9 +101,9 @@ def _try_layout(
     """Return the difference that a layout makes, or infinity and why it cannot run."""
     try:
         return measure(model, probe, layout), ""
-    except torch.OutOfMemoryError:  # says nothing of the layout
-        raise
     except Exception as error:  # the model's own code may fail in any way on inputs it does not know
+        if is_out_of_memory(error):  # says nothing of the layout
+            raise
         return float("inf"), f"{type(error).__name__}: {error}"
 
 
@@ -131,9 +132,9 @@ def _find_wrong_kernel(twin: Any, plan: AttentionPlan, compute: torch.dtype) -> 
         width = int(getattr(config, "head_dim", None) or read_width(config) // config.num_attention_heads)
         windows = dict.fromkeys(window for _, window in plan.windows)
         wrong = find_largest(measure_tree(width, compute, twin.device, window) for window in windows)
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # a compiler may fail in any way, and configurations have names of their own
+        if is_out_of_memory(error):
+            raise
         return f"{type(error).__name__}: {error}"
     return "" if wrong <= KERNEL_TOLERANCE else f"tree attention in {compute} differs by {wrong:.2g} from its formula"
 
@@ -170,9 +171,9 @@ def _verify(model: nn.Module, kernels: list[Kernel], compute: torch.dtype) -> tu
     causal, kernel = unwrap(model), kernels[-1]
     try:
         twin = make_twin(causal)
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # an unusual configuration class; the model itself still runs
+        if is_out_of_memory(error):
+            raise
         log.warning("Prefixes are not shared: no small twin of this model can be made (%s).", error)
         return make_padded(), Verification(False, False, kernel, None, None, None, str(error))
     probe = make_probe(twin.config.vocab_size)
@@ -233,9 +234,9 @@ def verify_growth(model: nn.Module, layout: Layout) -> bool:
         grown, _ = grow_forest(
             twin, _shrink_windows(layout), prompts, 12, lambda places, ids: torch.zeros(len(places)) > 0
         )
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # the model's own code may fail in any way on inputs it does not know
+        if is_out_of_memory(error):
+            raise
         log.warning("Prompts are continued one by one: %s: %s", type(error).__name__, error)
         return False
     wholes = [supervise_from(p + tuple(g.token_ids), len(p)) for p, g in zip(prompts, grown, strict=True)]
