@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from koat.core.differences import find_largest
+from koat.core.errors import ModelError
 from koat.core.out_of_memory import is_out_of_memory
 from koat.core.sequence import Sequence, supervise_from
 from koat.core.soft_prompt import has_soft_prompt
@@ -169,6 +170,9 @@ def _pick_kernels(model: nn.Module, attention: str) -> list[Kernel]:
 
 def _verify(model: nn.Module, kernels: list[Kernel], compute: torch.dtype) -> tuple[Layout, Verification]:
     causal, kernel = unwrap(model), kernels[-1]
+    real = make_probe(causal.get_output_embeddings().weight.shape[0], seed=1)
+    if has_soft_prompt(model):
+        _check_prompt(model, real, kernel)
     try:
         twin = make_twin(causal)
     except Exception as error:  # an unusual configuration class; the model itself still runs
@@ -186,10 +190,7 @@ def _verify(model: nn.Module, kernels: list[Kernel], compute: torch.dtype) -> tu
         if reason:
             reasons.append(reason)
             continue
-        real = make_probe(causal.get_output_embeddings().weight.shape[0], seed=1)
-        noise, _ = _try_layout(model, real, make_padded(layout.split_head))
-        # A padded batch that cannot run says nothing of what may differ.
-        noise = max((each for each in (noise, estimate_rounding(model, real)) if np.isfinite(each)), default=0.0)
+        noise = _estimate_noise(model, real, make_padded(layout.split_head))
         difference, reason = _try_layout(model, real, layout)
         allowed = max(FLOOR, NOISE_FACTOR * noise)
         if difference <= allowed:
@@ -205,6 +206,27 @@ def _verify(model: nn.Module, kernels: list[Kernel], compute: torch.dtype) -> tu
     instead = "one sequence at a time" if layout.alone else "padded batches"
     log.warning("Prefixes are not shared for this model (%s): running %s instead.", reason, instead)
     return layout, Verification(False, layout.split_head, kernel, None, None, None, reason)
+
+
+def _check_prompt(model: nn.Module, probe: ListLike[Sequence], kernel: Kernel) -> None:
+    """Raise ModelError where PEFT's own forward pass fails with a soft prompt: there is nothing to train or compare."""
+    set_kernel(unwrap(model), kernel)
+    try:
+        single_logprobs(model, probe[:1])
+    except Exception as error:  # prompts of a wrong size, caches of another kind
+        if is_out_of_memory(error):
+            raise
+        first = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise ModelError(
+            f"This base cannot run with this soft prompt: {first}. Use adapter.method=ia3 or lora."
+        ) from error
+
+
+def _estimate_noise(model: nn.Module, probe: ListLike[Sequence], padded: Layout) -> float:
+    """Return what batching and rounding alone do; where either cannot be had, it says nothing of what may differ."""
+    batching, _ = _try_layout(model, probe, padded)
+    rounding, _ = _try_layout(model, probe, padded, lambda model, probe, layout: estimate_rounding(model, probe))
+    return max((each for each in (batching, rounding) if np.isfinite(each)), default=0.0)
 
 
 def _let_stream(layout: Layout, *trials: tuple[Any, ListLike[Sequence], float]) -> Layout:
