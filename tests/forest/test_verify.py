@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoConfig, GPTNeoForCausalLM, LlamaForCausalLM, LlamaModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from koat.core.sequence import supervise_from
 from koat.forest import verify
 from koat.forest.attend import AttentionPlan
 from koat.forest.pack import RowCost
@@ -85,8 +86,6 @@ def test_inexact_families_fall_back_to_padded_rows(make_model, make_sequences, s
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_longrope_runs_one_sequence_at_a_time(make_model, make_sequences, score_singly, attention, caplog) -> None:
     """Its rotation is chosen by the longest position of the batch, so not even padded rows are right."""
-    from koat.core.sequence import supervise_from
-
     model = make_model("phi3-longrope", attention)
     sequences = [*make_sequences("mixed"), supervise_from(tuple(range(40)), 3)]
     with caplog.at_level(logging.WARNING, "koat"):
@@ -121,6 +120,39 @@ def test_a_twin_shows_what_small_weights_would_hide(make_model, make_config, hid
         layout, found = verify_layout(model)
         assert not layout.shares and "on a float32 twin" in found.reason, config.model_type
         assert layout.alone is (config.model_type == "phi3")
+
+
+@pytest.mark.parametrize("special", [2, 290])
+def test_a_family_that_wants_numbers_for_special_tokens_has_a_twin(special) -> None:
+    """Cwm types its beginning of sequence as a number: None is refused."""
+    config = AutoConfig.for_model(
+        "cwm", vocab_size=600, hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2,
+        num_hidden_layers=2, bos_token_id=2 * special, eos_token_id=special, pad_token_id=special,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).requires_grad_(False).eval()
+    with pytest.raises(Exception, match="expected int"):
+        config.bos_token_id = None
+    assert make_twin(model).config.bos_token_id == 0
+    assert verify_layout(model)[1].shares
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("family", "alone"), [("phi3-longrope", True), ("llama", False), ("bloom", False)])
+def test_without_a_twin_padded_rows_are_tried_on_the_weights(
+    make_model, make_sequences, score_singly, monkeypatch, caplog, family, alone, dtype
+) -> None:
+    def refuse(model):
+        raise TypeError("no twins\nhere")
+
+    monkeypatch.setattr(verify, "make_twin", refuse)
+    model = make_model(family).to(dtype)
+    layout, found = verify_layout(model)
+    assert not found.shares and layout.plan is None and layout.alone is alone
+    assert found.reason == "no small twin of this model can be made: TypeError: no twins here"
+    assert ("one sequence at a time" if alone else "padded batches") in caplog.text
+    if dtype == torch.float32:
+        sequences = [*make_sequences("mixed"), supervise_from(tuple(range(40)), 3)]
+        assert measure_worst(model, sequences, layout, score_singly) < 5e-5
 
 
 class IgnoresPositions(LlamaModel):

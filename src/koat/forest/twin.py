@@ -34,7 +34,7 @@ def make_twin(model: nn.Module) -> Any:
             setattr(config, name, TWIN_WINDOW)
     config.vocab_size = min(config.vocab_size, 512)
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        setattr(config, name, None)
+        _forget_token(config, name)
     _shrink_rope(config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -77,6 +77,14 @@ def pick_layer_types(types: list[str]) -> list[str]:
         return []
     needed = max(types.index(kind) for kind in set(types)) + 1
     return types[: max(2, needed)] if needed <= MOST_LAYERS else list(dict.fromkeys(types))
+
+
+def _forget_token(config: Any, name: str) -> None:
+    """Take a special token, which may lie outside the small vocabulary, from a configuration."""
+    try:
+        setattr(config, name, None)
+    except Exception:  # some families want a number, each with an error of its own
+        setattr(config, name, 0)
 
 
 def _shrink_rope(config: Any) -> None:

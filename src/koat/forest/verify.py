@@ -96,6 +96,11 @@ def _shrink_windows(layout: Layout) -> Layout:
     return replace(layout, plan=replace(layout.plan, windows=windows))
 
 
+def _tell(error: Exception) -> str:
+    """Return an error in a word and its message in a line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
 def _try_layout(
     model: nn.Module, probe: ListLike[Sequence], layout: Layout, measure: Measure = measure_difference
 ) -> tuple[float, str]:
@@ -105,7 +110,7 @@ def _try_layout(
     except Exception as error:  # the model's own code may fail in any way on inputs it does not know
         if is_out_of_memory(error):  # says nothing of the layout
             raise
-        return float("inf"), f"{type(error).__name__}: {error}"
+        return float("inf"), _tell(error)
 
 
 def _try_twin(twin: Any, probe: ListLike[Sequence], layout: Layout, compute: torch.dtype | None) -> tuple[float, str]:
@@ -136,7 +141,7 @@ def _find_wrong_kernel(twin: Any, plan: AttentionPlan, compute: torch.dtype) -> 
     except Exception as error:  # a compiler may fail in any way, and configurations have names of their own
         if is_out_of_memory(error):
             raise
-        return f"{type(error).__name__}: {error}"
+        return _tell(error)
     return "" if wrong <= KERNEL_TOLERANCE else f"tree attention in {compute} differs by {wrong:.2g} from its formula"
 
 
@@ -178,8 +183,9 @@ def _verify(model: nn.Module, kernels: list[Kernel], compute: torch.dtype) -> tu
     except Exception as error:  # an unusual configuration class; the model itself still runs
         if is_out_of_memory(error):
             raise
-        log.warning("Prefixes are not shared: no small twin of this model can be made (%s).", error)
-        return make_padded(), Verification(False, False, kernel, None, None, None, str(error))
+        allowed = max(FLOOR, NOISE_FACTOR * _estimate_rounding(model, real))
+        reason = f"no small twin of this model can be made: {_tell(error)}"
+        return _fall_back(model, real, allowed, kernel, reason, heads=(False,))
     probe = make_probe(twin.config.vocab_size)
     reasons = []
     for layout in [layout for each in kernels for layout in list_candidates(causal.config, each)]:
@@ -202,10 +208,8 @@ def _verify(model: nn.Module, kernels: list[Kernel], compute: torch.dtype) -> tu
                 difference=difference, noise=noise, reason="exact", streams=chosen.streams,
             )  # fmt: skip
         reasons.append(reason or f"log-probabilities differ by {difference:.2g}, batching alone by {noise:.2g}")
-    layout, reason = _fall_back(twin, probe), reasons[-1] if reasons else "not tried"
-    instead = "one sequence at a time" if layout.alone else "padded batches"
-    log.warning("Prefixes are not shared for this model (%s): running %s instead.", reason, instead)
-    return layout, Verification(False, layout.split_head, kernel, None, None, None, reason)
+    reason = reasons[-1] if reasons else "not tried"
+    return _fall_back(twin, probe, TWIN_TOLERANCE, kernel, reason, heads=(True, False))
 
 
 def _check_prompt(model: nn.Module, probe: ListLike[Sequence], kernel: Kernel) -> None:
@@ -223,10 +227,16 @@ def _check_prompt(model: nn.Module, probe: ListLike[Sequence], kernel: Kernel) -
 
 
 def _estimate_noise(model: nn.Module, probe: ListLike[Sequence], padded: Layout) -> float:
-    """Return what batching and rounding alone do; where either cannot be had, it says nothing of what may differ."""
+    """Return what batching and rounding alone do; a batch that cannot run says nothing of what may differ."""
     batching, _ = _try_layout(model, probe, padded)
-    rounding, _ = _try_layout(model, probe, padded, lambda model, probe, layout: estimate_rounding(model, probe))
-    return max((each for each in (batching, rounding) if np.isfinite(each)), default=0.0)
+    return max(batching if np.isfinite(batching) else 0.0, _estimate_rounding(model, probe))
+
+
+def _estimate_rounding(model: nn.Module, probe: ListLike[Sequence]) -> float:
+    """Return what rounding alone does; 0 where the model gives no finite numbers."""
+    measure: Measure = lambda model, probe, layout: estimate_rounding(model, probe)  # noqa: E731
+    rounding, _ = _try_layout(model, probe, make_padded(), measure)
+    return rounding if np.isfinite(rounding) else 0.0
 
 
 def _let_stream(layout: Layout, *trials: tuple[Any, ListLike[Sequence], float]) -> Layout:
@@ -270,10 +280,17 @@ def verify_growth(model: nn.Module, layout: Layout) -> bool:
     return worst <= TWIN_TOLERANCE
 
 
-def _fall_back(twin: Any, probe: ListLike[Sequence]) -> Layout:
-    """Return padded rows if they are exact on the twin; if not even they are, one sequence at a time."""
-    padded = [make_padded(split) for split in (True, False)]
-    for layout in (*padded, replace(padded[0], alone=True)):
-        if _try_layout(twin, probe, layout)[0] <= TWIN_TOLERANCE:
-            return layout
-    return replace(padded[1], alone=True)
+def _fall_back(
+    tried: Any, probe: ListLike[Sequence], allowed: float, kernel: Kernel, reason: str, heads: ListLike[bool]
+) -> tuple[Layout, Verification]:
+    """Return padded rows if they are exact on a twin, or the model without one; if not even they, single sequences.
+
+    `heads` are the ways to compute the head that are tried: split, and whole.
+    """
+    padded = [make_padded(split) for split in heads]
+    layouts = (*padded, replace(padded[0], alone=True))
+    exact = (layout for layout in layouts if _try_layout(tried, probe, layout)[0] <= allowed)
+    layout = next(exact, replace(padded[-1], alone=True))
+    instead = "one sequence at a time" if layout.alone else "padded batches"
+    log.warning("Prefixes are not shared for this model (%s): running %s instead.", reason, instead)
+    return layout, Verification(False, layout.split_head, kernel, None, None, None, reason)
