@@ -18,6 +18,7 @@ from koat.forest.probe import make_probe, measure_difference, single_logprobs
 from koat.forest.score import cut_sequences, estimate_row_cost, make_padded, set_kernel, token_logprobs
 from koat.forest.twin import make_twin, pick_layer_types
 from koat.forest.verify import TWIN_TOLERANCE, verify_layout
+from koat.forest.verify_growth import verify_growth
 
 EXACT = ["gpt_neox", "llama", "mistral", "qwen2", "qwen2-window", "qwen3", "gpt2", "gemma2", "granite", "opt"]
 
@@ -328,6 +329,18 @@ def test_a_padded_batch_that_cannot_run_allows_nothing(make_model, monkeypatch) 
     assert found.reason == "broken"
 
 
+def test_a_fall_from_a_walk_to_dense_masks_is_said(make_model, monkeypatch, caplog) -> None:
+    def fail(*given):
+        raise NotImplementedError("nothing walks here")
+
+    monkeypatch.setattr("koat.forest.walk.Walk.attend", fail)
+    assert verify_layout(make_model("llama"))[1].kernel == "sdpa"
+    assert "dense masks, whose memory grows with the square of a row: NotImplementedError: nothing walks" in caplog.text
+    caplog.clear()
+    assert verify_layout(make_model("llama"), "sdpa")[1].kernel == "sdpa"
+    assert not caplog.text
+
+
 @pytest.mark.parametrize(("family", "kernel"), [("llama", "sdpa"), ("gemma2", "eager")])
 def test_flex_attention_that_cannot_compile_gives_way(
     make_model, make_sequences, score_singly, monkeypatch, family, kernel
@@ -377,11 +390,10 @@ def test_memory_that_runs_out_is_no_fault_of_a_layout(make_model, monkeypatch, r
     layout, _ = verify_layout(model)
     if place == "layout":
         monkeypatch.setattr(verify._try_layout, "__defaults__", (run_out,))
-    monkeypatch.setattr(
-        verify, {"twin": "make_twin", "growth": "grow_forest"}.get(place, "measure_difference"), run_out
-    )
+    monkeypatch.setattr(verify, "make_twin" if place == "twin" else "measure_difference", run_out)
+    monkeypatch.setattr("koat.forest.verify_growth.grow_forest", run_out)
     with pytest.raises(RuntimeError, match="memory"):
-        verify.verify_growth(model, layout) if place == "growth" else verify_layout(model)
+        verify_growth(model, layout) if place == "growth" else verify_layout(model)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])

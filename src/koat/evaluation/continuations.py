@@ -13,7 +13,7 @@ from koat.evaluation.spans import settled
 from koat.forest.grow import grow_forest
 from koat.forest.kernels import pick_cached
 from koat.forest.score import Layout, set_kernel, unwrap
-from koat.forest.verify import verify_growth
+from koat.forest.verify_growth import verify_growth
 
 LOOK_BEHIND = 2
 """Tokens beyond a stop text's own that are decoded to find it: a model may write it in other pieces."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from koat.core.seeding import seeded
-from koat.forest.score import unwrap
+from koat.forest.score import Layout, unwrap
 
 TWIN_WINDOW = 8
 """The twin's sliding window in tokens, where the family has one."""
@@ -77,6 +78,13 @@ def pick_layer_types(types: list[str]) -> list[str]:
         return []
     needed = max(types.index(kind) for kind in set(types)) + 1
     return types[: max(2, needed)] if needed <= MOST_LAYERS else list(dict.fromkeys(types))
+
+
+def shrink_windows(layout: Layout) -> Layout:
+    """Return a layout with the twin's small window."""
+    assert layout.plan is not None
+    windows = tuple((kind, None if window is None else TWIN_WINDOW) for kind, window in layout.plan.windows)
+    return replace(layout, plan=replace(layout.plan, windows=windows))
 
 
 def _forget_token(config: Any, name: str) -> None:

@@ -20,11 +20,10 @@ from torch import nn
 from koat.core.differences import find_largest
 from koat.core.errors import ModelError
 from koat.core.out_of_memory import is_out_of_memory
-from koat.core.sequence import Sequence, supervise_from
+from koat.core.sequence import Sequence
 from koat.core.soft_prompt import has_soft_prompt
 from koat.forest.attend import MASKLESS, AttentionPlan, Kernel, find_windows
-from koat.forest.grow import grow_forest
-from koat.forest.kernels import find_attention_dropout, find_kernel, list_kernels, pick_cached
+from koat.forest.kernels import find_attention_dropout, list_kernels
 from koat.forest.probe import (
     estimate_rounding,
     make_probe,
@@ -35,7 +34,7 @@ from koat.forest.probe import (
 )
 from koat.forest.score import Layout, estimate_row_cost, make_padded, read_width, set_kernel, unwrap
 from koat.forest.tree import measure_tree
-from koat.forest.twin import TWIN_WINDOW, make_twin
+from koat.forest.twin import make_twin, shrink_windows
 
 TWIN_TOLERANCE = 2e-4
 """Largest log-probability difference on the float32 twin; rounding gives 8e-6, a wrong mask or position 0.4."""
@@ -89,14 +88,7 @@ def list_candidates(config: Any, kernel: Kernel) -> list[Layout]:
     return [Layout(plan, cost, limit, split, narrow=narrow) for split, narrow in heads for plan in plans]
 
 
-def _shrink_windows(layout: Layout) -> Layout:
-    """Return the same layout with the twin's small window."""
-    assert layout.plan is not None
-    windows = tuple((kind, None if window is None else TWIN_WINDOW) for kind, window in layout.plan.windows)
-    return replace(layout, plan=replace(layout.plan, windows=windows))
-
-
-def _tell(error: Exception) -> str:
+def describe_error(error: Exception) -> str:
     """Return an error in a word and its message in a line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
@@ -110,7 +102,7 @@ def _try_layout(
     except Exception as error:  # the model's own code may fail in any way on inputs it does not know
         if is_out_of_memory(error):  # says nothing of the layout
             raise
-        return float("inf"), _tell(error)
+        return float("inf"), describe_error(error)
 
 
 def _try_twin(twin: Any, probe: ListLike[Sequence], layout: Layout, compute: torch.dtype | None) -> tuple[float, str]:
@@ -118,7 +110,7 @@ def _try_twin(twin: Any, probe: ListLike[Sequence], layout: Layout, compute: tor
 
     Where kernels were compiled here and a model will be trained in the type `compute`, so are gradients.
     """
-    shrunk = _shrink_windows(layout)
+    shrunk = shrink_windows(layout)
     difference, reason = _try_layout(twin, probe, shrunk)
     if difference > TWIN_TOLERANCE:
         return difference, reason or f"log-probabilities differ by {difference:.2g} on a float32 twin"
@@ -141,7 +133,7 @@ def _find_wrong_kernel(twin: Any, plan: AttentionPlan, compute: torch.dtype) -> 
     except Exception as error:  # a compiler may fail in any way, and configurations have names of their own
         if is_out_of_memory(error):
             raise
-        return _tell(error)
+        return describe_error(error)
     return "" if wrong <= KERNEL_TOLERANCE else f"tree attention in {compute} differs by {wrong:.2g} from its formula"
 
 
@@ -184,7 +176,7 @@ def _verify(model: nn.Module, kernels: list[Kernel], compute: torch.dtype) -> tu
         if is_out_of_memory(error):
             raise
         allowed = max(FLOOR, NOISE_FACTOR * _estimate_rounding(model, real))
-        reason = f"no small twin of this model can be made: {_tell(error)}"
+        reason = f"no small twin of this model can be made: {describe_error(error)}"
         return _fall_back(model, real, allowed, kernel, reason, heads=(False,))
     probe = make_probe(twin.config.vocab_size)
     reasons = []
@@ -200,7 +192,7 @@ def _verify(model: nn.Module, kernels: list[Kernel], compute: torch.dtype) -> tu
         difference, reason = _try_layout(model, real, layout)
         allowed = max(FLOOR, NOISE_FACTOR * noise)
         if difference <= allowed:
-            if kernels[0] in COMPILED and layout.plan.kernel != kernels[0]:
+            if layout.plan.kernel != kernels[0]:
                 log.warning(DENSE, reasons[0])
             chosen = _let_stream(layout, (twin, probe, TWIN_TOLERANCE), (model, real, allowed))
             return chosen, Verification(
@@ -249,35 +241,10 @@ def _let_stream(layout: Layout, *trials: tuple[Any, ListLike[Sequence], float]) 
     if layout.plan.kernel not in MASKLESS or has_soft_prompt(trials[-1][0]):
         return layout
     for model, probe, allowed in trials:
-        tried = _shrink_windows(streaming) if model is trials[0][0] else streaming
+        tried = shrink_windows(streaming) if model is trials[0][0] else streaming
         if _try_layout(model, probe, tried, measure_stream)[0] > allowed:
             return layout
     return streaming
-
-
-@torch.no_grad()
-def verify_growth(model: nn.Module, layout: Layout) -> bool:
-    """Whether prompts that grow as a forest write, on a float32 twin, what plain passes find likeliest."""
-    if not layout.shares or has_soft_prompt(model):
-        return False
-    twin = make_twin(model)
-    prompts = [sequence.token_ids for sequence in make_probe(twin.config.vocab_size)]
-    try:
-        grown, _ = grow_forest(
-            twin, _shrink_windows(layout), prompts, 12, lambda places, ids: torch.zeros(len(places)) > 0
-        )
-    except Exception as error:  # the model's own code may fail in any way on inputs it does not know
-        if is_out_of_memory(error):
-            raise
-        log.warning("Prompts are continued one by one: %s: %s", type(error).__name__, error)
-        return False
-    wholes = [supervise_from(p + tuple(g.token_ids), len(p)) for p, g in zip(prompts, grown, strict=True)]
-    set_kernel(twin, pick_cached(twin, find_kernel(twin.config)))
-    worst = find_largest(
-        float((torch.tensor(each.logprobs) - expected.cpu()).abs().max())
-        for each, expected in zip(grown, single_logprobs(twin, wholes), strict=True)
-    )
-    return worst <= TWIN_TOLERANCE
 
 
 def _fall_back(
