@@ -219,8 +219,12 @@ def test_attention_that_the_family_lacks(make_model, tmp_path) -> None:
 def test_capped_scores_are_not_left_to_a_kernel_that_knows_no_caps(make_config) -> None:
     """transformers takes SDPA for Gemma 2, which leaves the caps out and says nothing."""
     config = make_config("gemma2", attn_logit_softcapping=0.5)
-    assert pick_attention("auto", config) == "eager"
-    assert pick_attention("sdpa", config) == "sdpa"
+    assert pick_attention("auto", config) == pick_attention("eager", config) == "eager"
+    assert pick_attention("flex", config) == "flex_attention"
+    with pytest.raises(ModelError, match=r"model\.attention=sdpa leaves out the cap of 0\.5"):
+        pick_attention("sdpa", config)
+    assert pick_attention("sdpa", make_config("gemma2", attn_logit_softcapping=None)) == "sdpa"
+    assert pick_attention("sdpa", make_config("llama")) == "sdpa"
 
 
 def test_a_loaded_gemma_2_caps_its_scores(make_model, tmp_path) -> None:
@@ -232,6 +236,7 @@ def test_a_loaded_gemma_2_caps_its_scores(make_model, tmp_path) -> None:
         uncapped = capped(input_ids=IDS).logits
     torch.testing.assert_close(found, expected)
     assert (uncapped - expected).abs().max() > 1e-3
+    assert "Use model.attention=auto or eager" in refuse(load_model, settle(tmp_path, attention="sdpa"))
 
 
 # ------------------------------------------------------------------------------------------- fingerprint

@@ -166,10 +166,16 @@ def _check_complete(settings: ModelSettings, missing: Collection[str]) -> None:
 def pick_attention(attention: str, config: Any) -> str | None:
     """Return the attention implementation for transformers, None for the family's own default.
 
-    SDPA, the default of Gemma 2, leaves caps on scores out without a word.
+    SDPA, the default of Gemma 2, leaves caps on scores out without a word. Raises ModelError where it was asked for.
     """
+    cap = getattr(config, "attn_logit_softcapping", None)
     if attention == "auto":
-        return "eager" if getattr(config, "attn_logit_softcapping", None) is not None else None
+        return None if cap is None else "eager"
+    if attention == "sdpa" and cap is not None:
+        raise ModelError(
+            f"model.attention=sdpa leaves out the cap of {cap:g} that this model puts on its attention scores, and "
+            "computes another model. Use model.attention=auto or eager."
+        )
     return {"flex": "flex_attention"}.get(attention, attention)
 
 

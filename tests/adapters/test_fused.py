@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -153,18 +153,54 @@ def test_nothing_is_kept_for_a_vector_that_is_not_trained(served, form) -> None:
     torch.testing.assert_close(activation.grad, vector.flatten().expand(2, 9, 40))
 
 
-def test_kernels_are_tried_before_they_serve(kernels, monkeypatch, caplog) -> None:
+@pytest.mark.parametrize(("wrong", "said"), [(-1.0, "2"), (float("nan"), "inf")])
+@pytest.mark.parametrize("spoilt", [0, 2])
+def test_kernels_are_tried_before_they_serve(kernels, monkeypatch, caplog, spoilt, wrong, said) -> None:
     device = torch.device(DEVICE)
     for dtype in TOLERANCES:
         assert fused.measure_kernels(kernels, device, dtype) < fused.TOLERANCE / 3
     fused._load_kernels.cache_clear()
     right = kernels.pull_back
-    monkeypatch.setattr(kernels, "pull_back", lambda *given: (-right(*given)[0], *right(*given)[1:]))
+
+    def spoil(*given):
+        return tuple(wrong * each if number == spoilt else each for number, each in enumerate(right(*given)))
+
+    monkeypatch.setattr(kernels, "pull_back", spoil)
     assert fused._load_kernels(device, torch.float32) is None
-    assert "those compiled here are off by 2" in caplog.text
+    assert "those compiled here are off by " + said in caplog.text
     fused._load_kernels.cache_clear()
     monkeypatch.undo()
     assert fused._load_kernels(device, torch.float32) is kernels
+
+
+def compute_by_formula(spoilt: int = -1) -> SimpleNamespace:
+    """Return functions in the kernels' place that compute their formulas, one of the results without a number."""
+
+    def spoil(number: int, found: torch.Tensor) -> torch.Tensor:
+        return found.fill_(float("nan")) if number == spoilt else found
+
+    def rescale(gate, vector, kind, up):
+        return spoil(0, torch.nn.functional.silu(gate) * up * vector)
+
+    def pull_back(gradient, gate, vector, kind, up):
+        product = lambda gate, up, vector: torch.nn.functional.silu(gate) * up * vector  # noqa: E731
+        with torch.enable_grad():
+            found = differentiate(product, (gate, up, vector), gradient)[1]
+        return tuple(spoil(1 + number, each) for number, each in enumerate(found))
+
+    def pull_back_norm(gradient, x, weight, offset, eps):
+        normed = lambda x: x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * weight  # noqa: E731
+        with torch.enable_grad():
+            return spoil(4, differentiate(normed, (x,), gradient)[1][0])
+
+    return SimpleNamespace(rescale=rescale, pull_back=pull_back, pull_back_norm=pull_back_norm)
+
+
+@pytest.mark.parametrize("spoilt", range(5))
+def test_what_is_no_number_is_no_small_difference(spoilt) -> None:
+    device = torch.device(DEVICE)
+    assert fused.measure_kernels(compute_by_formula(), device, torch.float32) < 1e-5
+    assert fused.measure_kernels(compute_by_formula(spoilt), device, torch.float32) == float("inf")
 
 
 def test_an_activation_function_without_a_kernel_is_computed_otherwise(served) -> None:

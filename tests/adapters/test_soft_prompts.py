@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from koat.adapters.attach import (
     attach_adapter,
@@ -23,8 +24,9 @@ from koat.adapters.methods import METHODS, check_combination
 from koat.adapters.settings import PrefixSettings, PromptSettings, PTuningSettings
 from koat.adapters.soft_prompts import make_prefix_config, make_prompt_config
 from koat.adapters.start import start_from
-from koat.core.errors import AdapterError
+from koat.core.errors import AdapterError, ModelError
 from koat.core.settings import ModelSettings, TrainingSettings
+from koat.forest.choose import choose_layout
 from koat.forest.score import cut_sequences, token_logprobs
 from koat.forest.verify import verify_layout
 from tests.family_models import FAMILIES, make_family
@@ -116,6 +118,27 @@ def check_family(name: str, method: str, sequences) -> None:
     assert layout.shares == FAMILIES[name].shares, found.reason
     for budget in (60, 4096):
         assert_same(run_forest(model, sequences, layout, budget), expected)
+
+
+def build_short_convolutions() -> torch.nn.Module:
+    """Return a tiny LFM2, whose cache PEFT fills as if every layer were attention."""
+    config = AutoConfig.for_model(
+        "lfm2", vocab_size=300, hidden_size=32, block_ff_dim=48, num_attention_heads=4, num_key_value_heads=2,
+        num_hidden_layers=2, layer_types=["conv", "full_attention"], pad_token_id=None, bos_token_id=None,
+        eos_token_id=None,
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).requires_grad_(False)
+
+
+@pytest.mark.parametrize(
+    ("method", "name", "said"),
+    [(*pair, "Sizes of tensors must match") for pair in sorted(BROKEN_IN_PEFT)]
+    + [("prefix", "lfm2", "this layer is an Attention layer")],
+)
+def test_a_base_that_peft_cannot_run_with_a_soft_prompt_is_refused_in_a_sentence(method, name, said) -> None:
+    model = attach_adapter(build_short_convolutions(), SETTINGS[method], 0) if name == "lfm2" else attach(name, method)
+    with pytest.raises(ModelError, match=f"^This base cannot run with this soft prompt: .*{said}.* Use .*ia3 or lora"):
+        choose_layout(model, ModelSettings(base="here"))
 
 
 @pytest.mark.parametrize("method", SETTINGS)

@@ -14,7 +14,8 @@ from koat.core.sequence import supervise_from
 from koat.forest.attend import AttentionPlan
 from koat.forest.score import cut_sequences, sum_by_owner, token_logprobs, unwrap
 from koat.forest.stream import score_forest
-from koat.forest.verify import list_candidates, verify_growth, verify_layout
+from koat.forest.verify import list_candidates, verify_layout
+from koat.forest.verify_growth import verify_growth
 from koat.model import pick_attention
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no CUDA GPU")

@@ -12,7 +12,8 @@ from peft import PromptTuningConfig, get_peft_model
 from koat.core.sequence import supervise_from
 from koat.forest.grow import grow_forest
 from koat.forest.probe import single_logprobs
-from koat.forest.verify import verify_growth, verify_layout
+from koat.forest.verify import verify_layout
+from koat.forest.verify_growth import verify_growth
 
 FAMILIES = ["gpt_neox", "llama", "mistral", "qwen2-window", "qwen3", "gpt2", "gemma2", "granite", "opt"]
 NUM_NEW = 10
@@ -90,7 +91,7 @@ def test_what_prompts_share_goes_through_the_model_once(make_model) -> None:
     assert num_tokens == sum(seen) == 40 + 6 * 2 + 6 + 6
 
 
-def test_growth_is_refused_where_it_is_not_exact(make_model, monkeypatch) -> None:
+def test_growth_is_refused_where_it_is_not_exact(make_model, monkeypatch, caplog) -> None:
     """A soft prompt, a layout without sharing, and a mask that shows a prompt what its neighbour writes."""
     model = make_model("llama")
     layout, _ = verify_layout(model)
@@ -98,5 +99,32 @@ def test_growth_is_refused_where_it_is_not_exact(make_model, monkeypatch) -> Non
     config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     assert not verify_growth(get_peft_model(make_model("llama"), config), layout)
     ones = torch.ones
+    assert not caplog.text
     monkeypatch.setattr("koat.forest.grow.torch.eye", lambda size, **options: ones(size, size, **options))
+    assert not verify_growth(model, layout)
+    assert "left-padded batches" in caplog.text and "log-probabilities differ by" in caplog.text
+
+
+def test_growth_that_fails_is_said_with_what_is_done_instead(make_model, monkeypatch, caplog) -> None:
+    def fail(*given, **more):
+        raise TypeError("no caches\nhere")
+
+    model = make_model("llama")
+    layout, _ = verify_layout(model)
+    monkeypatch.setattr("koat.forest.verify_growth.grow_forest", fail)
+    assert not verify_growth(model, layout)
+    assert "left-padded batches" in caplog.text and "TypeError: no caches here" in caplog.text
+
+
+@pytest.mark.parametrize("spoilt", [0, 1, 4])
+def test_growth_without_finite_numbers_is_not_exact(make_model, monkeypatch, spoilt: int) -> None:
+    def spoil(*given, **more):
+        grown, num_tokens = grow_forest(*given, **more)
+        grown[spoilt].logprobs[-1] = float("nan")
+        return grown, num_tokens
+
+    model = make_model("llama")
+    layout, _ = verify_layout(model)
+    assert verify_growth(model, layout)
+    monkeypatch.setattr("koat.forest.verify_growth.grow_forest", spoil)
     assert not verify_growth(model, layout)

@@ -206,9 +206,10 @@ def test_a_kernel_whose_way_back_is_wrong_is_passed_over(preferred, kernels, mak
     assert verify_layout(model)[1].kernel == "sdpa"
 
 
+@pytest.mark.parametrize("wrong", [-1.0, float("nan")])
 @pytest.mark.parametrize("spoilt", [(0,), (1,), (0, 1), (2,)])
 def test_the_way_back_is_tried_in_the_type_that_is_trained_in_too(
-    preferred, kernels, make_model, monkeypatch, caplog, spoilt
+    preferred, kernels, make_model, monkeypatch, caplog, spoilt, wrong
 ) -> None:
     right = kernels.TreeAttention.backward
 
@@ -216,7 +217,7 @@ def test_the_way_back_is_tried_in_the_type_that_is_trained_in_too(
         found = right(ctx, *gradients)
         if found[0].dtype == torch.float32:
             return found
-        return tuple(-each if number in spoilt else each for number, each in enumerate(found))
+        return tuple(wrong * each if number in spoilt else each for number, each in enumerate(found))
 
     monkeypatch.setattr(kernels.TreeAttention, "backward", staticmethod(spoil))
     model = make_model("llama").to(DEVICE)
@@ -224,6 +225,21 @@ def test_the_way_back_is_tried_in_the_type_that_is_trained_in_too(
     assert verify_layout(model)[1].kernel == "tree"
     assert verify_layout(model, compute=torch.float16)[1].kernel == "sdpa"
     assert "tree attention in torch.float16 differs by" in caplog.text
+
+
+@pytest.mark.parametrize("spoilt", [(), (0,), (1,), (2,)])
+def test_a_gradient_that_is_no_number_is_no_small_difference(monkeypatch, spoilt) -> None:
+    """Dense attention in the kernels' place, and what is pulled back to some of its inputs spoilt."""
+
+    def attend(tree, query, key, value, window, scaling, layer):
+        for number, heads in enumerate((query, key, value)):
+            if number in spoilt:
+                heads.register_hook(lambda gradient: gradient * float("nan"))
+        return attend_densely(query, key, value, make_visible(tree.position, tree.subtree_end, window), scaling)
+
+    monkeypatch.setattr(Tree, "attend", attend)
+    found = measure_tree(16, torch.float32, torch.device(DEVICE))
+    assert found == float("inf") if spoilt else found < 1e-5
 
 
 @pytest.mark.parametrize("window", [None, 9])

@@ -7,16 +7,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import GPTNeoConfig, GPTNeoForCausalLM, LlamaForCausalLM, LlamaModel
+from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoConfig, GPTNeoForCausalLM, LlamaForCausalLM, LlamaModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from koat.core.sequence import supervise_from
 from koat.forest import verify
 from koat.forest.attend import AttentionPlan
 from koat.forest.pack import RowCost
 from koat.forest.probe import make_probe, measure_difference, single_logprobs
-from koat.forest.score import cut_sequences, make_padded, set_kernel, token_logprobs
+from koat.forest.score import cut_sequences, estimate_row_cost, make_padded, set_kernel, token_logprobs
 from koat.forest.twin import make_twin, pick_layer_types
 from koat.forest.verify import TWIN_TOLERANCE, verify_layout
+from koat.forest.verify_growth import verify_growth
 
 EXACT = ["gpt_neox", "llama", "mistral", "qwen2", "qwen2-window", "qwen3", "gpt2", "gemma2", "granite", "opt"]
 
@@ -85,8 +87,6 @@ def test_inexact_families_fall_back_to_padded_rows(make_model, make_sequences, s
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_longrope_runs_one_sequence_at_a_time(make_model, make_sequences, score_singly, attention, caplog) -> None:
     """Its rotation is chosen by the longest position of the batch, so not even padded rows are right."""
-    from koat.core.sequence import supervise_from
-
     model = make_model("phi3-longrope", attention)
     sequences = [*make_sequences("mixed"), supervise_from(tuple(range(40)), 3)]
     with caplog.at_level(logging.WARNING, "koat"):
@@ -98,6 +98,62 @@ def test_longrope_runs_one_sequence_at_a_time(make_model, make_sequences, score_
     # Rows of all lengths in one micro-batch; apart by length they would happen to be right.
     joined = replace(make_padded(), cost=RowCost(0.0, start_up=1e9))
     assert measure_worst(model, sequences, joined, score_singly, 10_000) > 0.1
+
+
+@pytest.mark.parametrize("hidden", [32, 64])
+@pytest.mark.parametrize("large", [False, True])
+def test_a_twin_shows_what_small_weights_would_hide(make_model, make_config, hidden, large) -> None:
+    """As families draw them, keys and queries of a narrow model hardly tell one position from another.
+
+    The verdict is of the class, whatever the weights: longrope and short convolutions are inexact.
+    """
+    torch.manual_seed(0)
+    scale = {"initializer_range": 0.01 if not large else 0.2, "hidden_size": hidden}
+    rope = make_config("phi3-longrope").rope_parameters
+    factors = {name: [value[0]] * (hidden // 8) for name, value in rope.items() if isinstance(value, list)}
+    longrope = make_config("phi3-longrope", rope_parameters={**rope, **factors}, **scale)
+    mixing = AutoConfig.for_model(
+        "lfm2", vocab_size=300, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2, block_ff_dim=48,
+        layer_types=["conv", "full_attention"], pad_token_id=None, bos_token_id=None, eos_token_id=None, **scale,
+    )  # fmt: skip
+    for config in (longrope, mixing):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).requires_grad_(False).eval()
+        layout, found = verify_layout(model)
+        assert not layout.shares and "on a float32 twin" in found.reason, config.model_type
+        assert layout.alone is (config.model_type == "phi3")
+
+
+@pytest.mark.parametrize("special", [2, 290])
+def test_a_family_that_wants_numbers_for_special_tokens_has_a_twin(special) -> None:
+    """Cwm types its beginning of sequence as a number: None is refused."""
+    config = AutoConfig.for_model(
+        "cwm", vocab_size=600, hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2,
+        num_hidden_layers=2, bos_token_id=2 * special, eos_token_id=special, pad_token_id=special,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).requires_grad_(False).eval()
+    with pytest.raises(Exception, match="expected int"):
+        config.bos_token_id = None
+    assert make_twin(model).config.bos_token_id == 0
+    assert verify_layout(model)[1].shares
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("family", "alone"), [("phi3-longrope", True), ("llama", False), ("bloom", False)])
+def test_without_a_twin_padded_rows_are_tried_on_the_weights(
+    make_model, make_sequences, score_singly, monkeypatch, caplog, family, alone, dtype
+) -> None:
+    def refuse(model):
+        raise TypeError("no twins\nhere")
+
+    monkeypatch.setattr(verify, "make_twin", refuse)
+    model = make_model(family).to(dtype)
+    layout, found = verify_layout(model)
+    assert not found.shares and layout.plan is None and layout.alone is alone
+    assert found.reason == "no small twin of this model can be made: TypeError: no twins here"
+    assert ("one sequence at a time" if alone else "padded batches") in caplog.text
+    if dtype == torch.float32:
+        sequences = [*make_sequences("mixed"), supervise_from(tuple(range(40)), 3)]
+        assert measure_worst(model, sequences, layout, score_singly) < 5e-5
 
 
 class IgnoresPositions(LlamaModel):
@@ -273,6 +329,18 @@ def test_a_padded_batch_that_cannot_run_allows_nothing(make_model, monkeypatch) 
     assert found.reason == "broken"
 
 
+def test_a_fall_from_a_walk_to_dense_masks_is_said(make_model, monkeypatch, caplog) -> None:
+    def fail(*given):
+        raise NotImplementedError("nothing walks here")
+
+    monkeypatch.setattr("koat.forest.walk.Walk.attend", fail)
+    assert verify_layout(make_model("llama"))[1].kernel == "sdpa"
+    assert "dense masks, whose memory grows with the square of a row: NotImplementedError: nothing walks" in caplog.text
+    caplog.clear()
+    assert verify_layout(make_model("llama"), "sdpa")[1].kernel == "sdpa"
+    assert not caplog.text
+
+
 @pytest.mark.parametrize(("family", "kernel"), [("llama", "sdpa"), ("gemma2", "eager")])
 def test_flex_attention_that_cannot_compile_gives_way(
     make_model, make_sequences, score_singly, monkeypatch, family, kernel
@@ -306,14 +374,45 @@ def test_windows_by_row_index_are_tried_within_the_probe() -> None:
     assert layout.plan is None and not found.shares
 
 
-def test_memory_that_runs_out_is_no_fault_of_a_layout(make_model, monkeypatch) -> None:
-    def run_out(*given, **more):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+def fail_on_a_gpu(*given, **more):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr(verify, "measure_difference", run_out)
-    monkeypatch.setattr(verify._try_layout, "__defaults__", (run_out,))
-    with pytest.raises(torch.OutOfMemoryError):
-        verify_layout(make_model("llama"))
+
+def fail_on_a_cpu(*given, **more):
+    """Ask PyTorch's own allocator for more than there is."""
+    torch.empty(1 << 60, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("run_out", [fail_on_a_gpu, fail_on_a_cpu])
+@pytest.mark.parametrize("place", ["twin", "layout", "growth"])
+def test_memory_that_runs_out_is_no_fault_of_a_layout(make_model, monkeypatch, run_out, place) -> None:
+    model = make_model("llama")
+    layout, _ = verify_layout(model)
+    if place == "layout":
+        monkeypatch.setattr(verify._try_layout, "__defaults__", (run_out,))
+    monkeypatch.setattr(verify, "make_twin" if place == "twin" else "measure_difference", run_out)
+    monkeypatch.setattr("koat.forest.verify_growth.grow_forest", run_out)
+    with pytest.raises(RuntimeError, match="memory"):
+        verify_growth(model, layout) if place == "growth" else verify_layout(model)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_dropout_on_attention_is_trained_with_dense_masks(make_model, caplog, family) -> None:
+    """koat's own kernels draw none: long rows would be priced as free, and cost their square."""
+    name = "attn_pdrop" if family == "gpt2" else "attention_dropout"
+    model = make_model(family, **{name: 0.1})
+    assert verify_layout(model)[0].plan.kernel == "walk"  # nothing is trained, and nothing dropped
+    assert "dense masks" not in caplog.text
+    model.get_input_embeddings().weight.requires_grad_()
+    layout, found = verify_layout(model)
+    assert found.shares and found.kernel == layout.plan.kernel == "sdpa"
+    assert layout.cost == estimate_row_cost(model.config, "sdpa")
+    assert "drops 0.1 of its attention in training" in caplog.text and "dense masks" in caplog.text
+    caplog.clear()
+    model = make_model(family, **{name: 0.0})
+    model.get_input_embeddings().weight.requires_grad_()
+    assert verify_layout(model)[0].plan.kernel == "walk"
+    assert not caplog.text
 
 
 def test_flex_attention_may_be_compiled_for_every_kind_of_row(make_model, monkeypatch) -> None:

@@ -142,7 +142,7 @@ def test_pieces_see_every_pair_once_and_own_each_token_once(
         assert (owned == ~alone).all()
 
 
-@pytest.mark.parametrize("window", [1, 5, 16, 37])
+@pytest.mark.parametrize("window", [2, 5, 16, 37])
 @pytest.mark.parametrize("narrow", [False, True])
 def test_blocks_under_a_window_equal_dense_attention(
     window: int, narrow: bool, monkeypatch: pytest.MonkeyPatch
@@ -163,7 +163,7 @@ def test_no_mask_is_larger_than_a_block_and_a_window(length: int, window: int, s
     row = list(cut_row(0, position, end, window, num_cached=start))
     masked = [piece for piece in row if piece.mask is not None]
     assert all(piece.mask.shape[0] <= 512 and piece.mask.shape[1] <= 512 + window - 1 for piece in masked)
-    assert sum(piece.stop - piece.start for piece in row) == length - start
+    assert sum(piece.stop - piece.start for piece in row if not piece.adds) == length - start
     # What lies within the window of the first token is causal, without a mask.
     assert start or window < 512 or (row[0].is_causal and row[0].stop == min(length, window))
 

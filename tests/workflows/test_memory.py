@@ -97,6 +97,15 @@ def test_a_dense_square_grows_and_a_walk_does_not() -> None:
     assert masked.kept.square == pytest.approx(2 * 4, abs=1e-6) and masked.squares
 
 
+@pytest.mark.parametrize("dropped", [0.0, 0.1])
+def test_attention_that_is_dropped_in_training_is_planned_on_dense_masks(dropped: float) -> None:
+    training, config = TrainingSettings(), make_family_config("gpt2")
+    config.attn_pdrop = dropped
+    found = measure_footprint(measure_base(CPU, training, config), Ia3Settings(), training)
+    assert found.squares is (dropped > 0)
+    assert (found.kept.square > 1) is (dropped > 0)
+
+
 @pytest.mark.parametrize("offload", [False, True])
 def test_checkpointing_keeps_a_hidden_state_a_layer_or_offloads_it(offload: bool) -> None:
     training = TrainingSettings(activation_checkpointing=True, activation_offload=offload)

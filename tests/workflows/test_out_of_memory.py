@@ -20,6 +20,8 @@ def fail(error: Exception) -> None:
     [
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore than anyone wants to read."),
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."),
+        MemoryError("Unable to allocate 9 bytes."),
     ],
 )
 def test_the_settings_to_change_are_named(error: Exception) -> None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from koat.forest.score import make_padded
+from koat.forest.verify import Verification
+from koat.workflows.training.prepare import describe_layout
 from tests.tiny_base import SHAPE, VOCABULARY, call_koat
 
 
@@ -36,3 +40,10 @@ def test_finetune_says_it_and_trains(base: Path, place: Path, tmp_path: Path) ->
     assert status == 0, error
     said = out + error
     assert said.index("! qwen3 norms its keys") < said.index("forest verified")
+
+
+def test_how_sequences_go_through_a_model_is_said_as_it_is() -> None:
+    inexact = Verification(False, True, "sdpa", None, None, None, "no mask fits")
+    padded = make_padded()
+    assert describe_layout(padded, inexact).endswith("(no mask fits); running padded batches of similar length")
+    assert describe_layout(replace(padded, alone=True), inexact).endswith("; running one sequence at a time")

@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from koat.core.differences import find_largest
+from koat.core.out_of_memory import is_out_of_memory
+
 TYPES = (torch.bfloat16, torch.float16, torch.float32)
 """Types of activations that the kernels compute with."""
 TOLERANCE = 0.02
@@ -30,9 +33,9 @@ def _load_kernels(device: torch.device, dtype: torch.dtype) -> ModuleType | None
         from koat.adapters import fused_kernels
 
         difference = measure_kernels(fused_kernels, device, dtype)
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # no Triton, or no C compiler for it
+        if is_out_of_memory(error):
+            raise
         log.warning("IA3 and norms run on PyTorch's kernels, which take longer: %s: %s", type(error).__name__, error)
         return None
     if not difference <= TOLERANCE:
@@ -59,4 +62,4 @@ def measure_kernels(kernels: Any, device: torch.device, dtype: torch.dtype) -> f
         normed = leaves[0] * (leaves[0].square().mean(-1, keepdim=True) + 1e-6).rsqrt() * vector
         wanted = [product, *torch.autograd.grad(product, leaves, gradient.float())]
         wanted += torch.autograd.grad(normed, leaves[:1], gradient.float())
-    return max(float((a.float() - b).norm() / b.norm()) for a, b in zip(found, wanted, strict=True))
+    return find_largest(float((a.float() - b).norm() / b.norm()) for a, b in zip(found, wanted, strict=True))

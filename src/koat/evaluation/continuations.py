@@ -13,7 +13,7 @@ from koat.evaluation.spans import settled
 from koat.forest.grow import grow_forest
 from koat.forest.kernels import pick_cached
 from koat.forest.score import Layout, set_kernel, unwrap
-from koat.forest.verify import verify_growth
+from koat.forest.verify_growth import verify_growth
 
 LOOK_BEHIND = 2
 """Tokens beyond a stop text's own that are decoded to find it: a model may write it in other pieces."""
@@ -146,13 +146,14 @@ class _Writer:
     def write_batches(
         self, prompts: Sequence[tuple[int, ...]], token_budget: int, on_progress: Callable[[int], None]
     ) -> Continuations:
-        """Continue prompts of similar lengths together, padded on the left."""
+        """Continue prompts of similar lengths together, padded on the left, or each alone where the layout says so."""
         num_tokens = 0
         order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
         found: dict[int, tuple[int, ...]] = {}
         while len(found) < len(order):
             longest = len(prompts[order[len(found)]]) + self.ending.max_new_tokens
-            chosen = order[len(found) : len(found) + max(1, token_budget // longest)]
+            together = 1 if self.layout.alone else max(1, token_budget // longest)
+            chosen = order[len(found) : len(found) + together]
             batch = [prompts[index] for index in chosen]
             written = self._write_batch(batch)
             found.update(zip(chosen, written, strict=True))

@@ -53,8 +53,8 @@ def attend_trees(
 ) -> tuple[Tensor, None]:
     """Compute attention over trees.
 
-    Without `trees`, or with dropout on attention, it is transformers' own SDPA. Raises NotImplementedError for what
-    the kernels do not compute: caps, sinks, biases.
+    Without `trees`, or with dropout on attention (of which `koat.forest.verify` knows beforehand), it is transformers'
+    own SDPA. Raises NotImplementedError for what the kernels do not compute: caps, sinks, biases.
     """
     if trees is None or dropout:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward

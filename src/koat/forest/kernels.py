@@ -12,6 +12,15 @@ from koat.forest.root import has_cached_root
 from koat.forest.score import unwrap
 from koat.forest.tree import has_triton
 
+ATTENTION_DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob", "attn_dropout")
+"""What families call the share of attention that they drop in training."""
+
+
+def find_attention_dropout(config: Any) -> float:
+    """Return the share of attention that a model drops in training, which only kernels for dense masks do."""
+    shares = (getattr(config, name, None) for name in ATTENTION_DROPOUTS)
+    return max((float(share) for share in shares if isinstance(share, float | int)), default=0.0)
+
 
 def find_kernel(config: Any) -> Kernel:
     """Return the kernel whose mask a loaded model understands, from its configuration."""

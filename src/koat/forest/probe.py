@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from koat.core.differences import find_largest
 from koat.core.sequence import Sequence
 from koat.core.soft_prompt import has_soft_prompt
 from koat.forest.build import build_forest
@@ -63,14 +64,13 @@ def measure_difference(model: nn.Module, sequences: ListLike[Sequence], layout: 
     expected = single_logprobs(model, sequences)
     check_finite(model, expected)
     device = next(model.parameters()).device
-    worst = 0.0
+    differences = [0.0]
     for batch in cut_sequences(sequences, layout, token_budget=4096):
         batch = batch.to(device)
         found = token_logprobs(model, batch, layout)
         for owner in torch.unique(batch.owner).tolist():
-            difference = float((found[batch.owner == owner] - expected[owner]).abs().max())
-            worst = max(worst, difference if np.isfinite(difference) else float("inf"))
-    return worst
+            differences.append(float((found[batch.owner == owner] - expected[owner]).abs().max()))
+    return find_largest(differences)
 
 
 def check_finite(model: nn.Module, logprobs: ListLike[Tensor]) -> None:
@@ -91,7 +91,7 @@ def measure_stream(model: nn.Module, sequences: ListLike[Sequence], layout: Layo
     pairs = (
         pair for left, right in zip(expected, found, strict=True) for pair in zip(left.tolist(), right, strict=True)
     )
-    return max(abs(a - b) if np.isfinite(b) else float("inf") for a, b in pairs)
+    return find_largest(abs(a - b) for a, b in pairs)
 
 
 def measure_slopes(twin: nn.Module, sequences: ListLike[Sequence], layout: Layout) -> float:
@@ -109,8 +109,7 @@ def measure_slopes(twin: nn.Module, sequences: ListLike[Sequence], layout: Layou
             total = torch.stack([token_logprobs(twin, batch, each).sum() for batch in batches]).sum()
             found.append(torch.autograd.grad(total, weight)[0])
     exact, mine = found
-    difference = float((mine - exact).norm() / exact.norm())
-    return difference if np.isfinite(difference) else float("inf")
+    return find_largest([float((mine - exact).norm() / exact.norm())])
 
 
 def estimate_rounding(model: nn.Module, sequences: ListLike[Sequence]) -> float:

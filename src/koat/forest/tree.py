@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from koat.core.differences import find_largest
 from koat.forest.attend import make_visible
 
 
@@ -125,7 +126,7 @@ def measure_tree(width: int, dtype: torch.dtype, device: torch.device, window: i
     tree = Tree.plant(position, ends)
     mine = run(lambda q, k, v: tree.attend(q, k, v, window, scale, None), [query, key, value])
     exact = run(attend_densely, [query.float(), key.float(), value.float()])
-    return max(float((a.float() - b).norm() / b.norm()) for a, b in zip(mine, exact, strict=True))
+    return find_largest(float((a.float() - b).norm() / b.norm()) for a, b in zip(mine, exact, strict=True))
 
 
 @cache

@@ -17,11 +17,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from koat.core.sequence import Sequence, supervise_from
+from koat.core.differences import find_largest
+from koat.core.errors import ModelError
+from koat.core.out_of_memory import is_out_of_memory
+from koat.core.sequence import Sequence
 from koat.core.soft_prompt import has_soft_prompt
 from koat.forest.attend import MASKLESS, AttentionPlan, Kernel, find_windows
-from koat.forest.grow import grow_forest
-from koat.forest.kernels import find_kernel, list_kernels, pick_cached
+from koat.forest.kernels import find_attention_dropout, list_kernels
 from koat.forest.probe import (
     estimate_rounding,
     make_probe,
@@ -32,16 +34,17 @@ from koat.forest.probe import (
 )
 from koat.forest.score import Layout, estimate_row_cost, make_padded, read_width, set_kernel, unwrap
 from koat.forest.tree import measure_tree
-from koat.forest.twin import TWIN_WINDOW, make_twin
+from koat.forest.twin import make_twin, shrink_windows
 
 TWIN_TOLERANCE = 2e-4
-"""Largest log-probability difference on the float32 twin; a wrong mask or position gives 1e-2 and more."""
+"""Largest log-probability difference on the float32 twin; rounding gives 8e-6, a wrong mask or position 0.4."""
 SLOPE_TOLERANCE = 1e-3
 """Largest relative difference of a gradient on the float32 twin."""
 KERNEL_TOLERANCE = 0.05
 """Largest relative difference of tree attention or one of its gradients in a short type; a wrong one gives 1 or 2."""
 COMPILED: tuple[Kernel, ...] = ("tree", "flex")
 """Kernels that each machine compiles for itself: that one way works there says nothing of the way back."""
+DENSE = "Attention runs on dense masks, whose memory grows with the square of a row: %s."
 NOISE_FACTOR = 4.0
 FLOOR = 1e-4
 Measure = Callable[[nn.Module, ListLike[Sequence], Layout], float]
@@ -85,11 +88,9 @@ def list_candidates(config: Any, kernel: Kernel) -> list[Layout]:
     return [Layout(plan, cost, limit, split, narrow=narrow) for split, narrow in heads for plan in plans]
 
 
-def _shrink_windows(layout: Layout) -> Layout:
-    """Return the same layout with the twin's small window."""
-    assert layout.plan is not None
-    windows = tuple((kind, None if window is None else TWIN_WINDOW) for kind, window in layout.plan.windows)
-    return replace(layout, plan=replace(layout.plan, windows=windows))
+def describe_error(error: Exception) -> str:
+    """Return an error in a word and its message in a line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _try_layout(
@@ -98,10 +99,10 @@ def _try_layout(
     """Return the difference that a layout makes, or infinity and why it cannot run."""
     try:
         return measure(model, probe, layout), ""
-    except torch.OutOfMemoryError:  # says nothing of the layout
-        raise
     except Exception as error:  # the model's own code may fail in any way on inputs it does not know
-        return float("inf"), f"{type(error).__name__}: {error}"
+        if is_out_of_memory(error):  # says nothing of the layout
+            raise
+        return float("inf"), describe_error(error)
 
 
 def _try_twin(twin: Any, probe: ListLike[Sequence], layout: Layout, compute: torch.dtype | None) -> tuple[float, str]:
@@ -109,7 +110,7 @@ def _try_twin(twin: Any, probe: ListLike[Sequence], layout: Layout, compute: tor
 
     Where kernels were compiled here and a model will be trained in the type `compute`, so are gradients.
     """
-    shrunk = _shrink_windows(layout)
+    shrunk = shrink_windows(layout)
     difference, reason = _try_layout(twin, probe, shrunk)
     if difference > TWIN_TOLERANCE:
         return difference, reason or f"log-probabilities differ by {difference:.2g} on a float32 twin"
@@ -128,11 +129,11 @@ def _find_wrong_kernel(twin: Any, plan: AttentionPlan, compute: torch.dtype) -> 
     try:
         width = int(getattr(config, "head_dim", None) or read_width(config) // config.num_attention_heads)
         windows = dict.fromkeys(window for _, window in plan.windows)
-        wrong = max(measure_tree(width, compute, twin.device, window) for window in windows)
-    except torch.OutOfMemoryError:
-        raise
+        wrong = find_largest(measure_tree(width, compute, twin.device, window) for window in windows)
     except Exception as error:  # a compiler may fail in any way, and configurations have names of their own
-        return f"{type(error).__name__}: {error}"
+        if is_out_of_memory(error):
+            raise
+        return describe_error(error)
     return "" if wrong <= KERNEL_TOLERANCE else f"tree attention in {compute} differs by {wrong:.2g} from its formula"
 
 
@@ -150,20 +151,33 @@ def verify_layout(
     was_training = causal.training
     causal.eval()
     try:
-        return _verify(model, list_kernels(model, attention), compute or causal.dtype)
+        return _verify(model, _pick_kernels(model, attention), compute or causal.dtype)
     finally:
         causal.train(was_training)
 
 
+def _pick_kernels(model: nn.Module, attention: str) -> list[Kernel]:
+    """Return the kernels to try: those alone that drop attention, and have a price, where training will drop some."""
+    kernels, dropped = list_kernels(model, attention), find_attention_dropout(unwrap(model).config)
+    if not dropped or not trains(model) or len(kernels) == 1:
+        return kernels
+    log.warning(DENSE, f"this model drops {dropped:g} of its attention in training, which other kernels do not compute")
+    return kernels[-1:]
+
+
 def _verify(model: nn.Module, kernels: list[Kernel], compute: torch.dtype) -> tuple[Layout, Verification]:
     causal, kernel = unwrap(model), kernels[-1]
+    real = make_probe(causal.get_output_embeddings().weight.shape[0], seed=1)
+    if has_soft_prompt(model):
+        _check_prompt(model, real, kernel)
     try:
         twin = make_twin(causal)
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # an unusual configuration class; the model itself still runs
-        log.warning("Prefixes are not shared: no small twin of this model can be made (%s).", error)
-        return make_padded(), Verification(False, False, kernel, None, None, None, str(error))
+        if is_out_of_memory(error):
+            raise
+        allowed = max(FLOOR, NOISE_FACTOR * _estimate_rounding(model, real))
+        reason = f"no small twin of this model can be made: {describe_error(error)}"
+        return _fall_back(model, real, allowed, kernel, reason, heads=(False,))
     probe = make_probe(twin.config.vocab_size)
     reasons = []
     for layout in [layout for each in kernels for layout in list_candidates(causal.config, each)]:
@@ -174,27 +188,47 @@ def _verify(model: nn.Module, kernels: list[Kernel], compute: torch.dtype) -> tu
         if reason:
             reasons.append(reason)
             continue
-        real = make_probe(causal.get_output_embeddings().weight.shape[0], seed=1)
-        noise, _ = _try_layout(model, real, make_padded(layout.split_head))
-        # A padded batch that cannot run says nothing of what may differ.
-        noise = max((each for each in (noise, estimate_rounding(model, real)) if np.isfinite(each)), default=0.0)
+        noise = _estimate_noise(model, real, make_padded(layout.split_head))
         difference, reason = _try_layout(model, real, layout)
         allowed = max(FLOOR, NOISE_FACTOR * noise)
         if difference <= allowed:
-            if kernels[0] in COMPILED and layout.plan.kernel != kernels[0]:
-                log.warning(
-                    "Attention runs on dense masks, whose memory grows with the square of a row: %s.", reasons[0]
-                )
+            if layout.plan.kernel != kernels[0]:
+                log.warning(DENSE, reasons[0])
             chosen = _let_stream(layout, (twin, probe, TWIN_TOLERANCE), (model, real, allowed))
             return chosen, Verification(
                 shares=True, split_head=layout.split_head, kernel=layout.plan.kernel, twin_difference=twin_difference,
                 difference=difference, noise=noise, reason="exact", streams=chosen.streams,
             )  # fmt: skip
         reasons.append(reason or f"log-probabilities differ by {difference:.2g}, batching alone by {noise:.2g}")
-    layout, reason = _fall_back(twin, probe), reasons[-1] if reasons else "not tried"
-    instead = "one sequence at a time" if layout.alone else "padded batches"
-    log.warning("Prefixes are not shared for this model (%s): running %s instead.", reason, instead)
-    return layout, Verification(False, layout.split_head, kernel, None, None, None, reason)
+    reason = reasons[-1] if reasons else "not tried"
+    return _fall_back(twin, probe, TWIN_TOLERANCE, kernel, reason, heads=(True, False))
+
+
+def _check_prompt(model: nn.Module, probe: ListLike[Sequence], kernel: Kernel) -> None:
+    """Raise ModelError where PEFT's own forward pass fails with a soft prompt: there is nothing to train or compare."""
+    set_kernel(unwrap(model), kernel)
+    try:
+        single_logprobs(model, probe[:1])
+    except Exception as error:  # prompts of a wrong size, caches of another kind
+        if is_out_of_memory(error):
+            raise
+        first = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise ModelError(
+            f"This base cannot run with this soft prompt: {first}. Use adapter.method=ia3 or lora."
+        ) from error
+
+
+def _estimate_noise(model: nn.Module, probe: ListLike[Sequence], padded: Layout) -> float:
+    """Return what batching and rounding alone do; a batch that cannot run says nothing of what may differ."""
+    batching, _ = _try_layout(model, probe, padded)
+    return max(batching if np.isfinite(batching) else 0.0, _estimate_rounding(model, probe))
+
+
+def _estimate_rounding(model: nn.Module, probe: ListLike[Sequence]) -> float:
+    """Return what rounding alone does; 0 where the model gives no finite numbers."""
+    measure: Measure = lambda model, probe, layout: estimate_rounding(model, probe)  # noqa: E731
+    rounding, _ = _try_layout(model, probe, make_padded(), measure)
+    return rounding if np.isfinite(rounding) else 0.0
 
 
 def _let_stream(layout: Layout, *trials: tuple[Any, ListLike[Sequence], float]) -> Layout:
@@ -207,41 +241,23 @@ def _let_stream(layout: Layout, *trials: tuple[Any, ListLike[Sequence], float]) 
     if layout.plan.kernel not in MASKLESS or has_soft_prompt(trials[-1][0]):
         return layout
     for model, probe, allowed in trials:
-        tried = _shrink_windows(streaming) if model is trials[0][0] else streaming
+        tried = shrink_windows(streaming) if model is trials[0][0] else streaming
         if _try_layout(model, probe, tried, measure_stream)[0] > allowed:
             return layout
     return streaming
 
 
-@torch.no_grad()
-def verify_growth(model: nn.Module, layout: Layout) -> bool:
-    """Whether prompts that grow as a forest write, on a float32 twin, what plain passes find likeliest."""
-    if not layout.shares or has_soft_prompt(model):
-        return False
-    twin = make_twin(model)
-    prompts = [sequence.token_ids for sequence in make_probe(twin.config.vocab_size)]
-    try:
-        grown, _ = grow_forest(
-            twin, _shrink_windows(layout), prompts, 12, lambda places, ids: torch.zeros(len(places)) > 0
-        )
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # the model's own code may fail in any way on inputs it does not know
-        log.warning("Prompts are continued one by one: %s: %s", type(error).__name__, error)
-        return False
-    wholes = [supervise_from(p + tuple(g.token_ids), len(p)) for p, g in zip(prompts, grown, strict=True)]
-    set_kernel(twin, pick_cached(twin, find_kernel(twin.config)))
-    worst = max(
-        float((torch.tensor(each.logprobs) - expected.cpu()).abs().max())
-        for each, expected in zip(grown, single_logprobs(twin, wholes), strict=True)
-    )
-    return worst <= TWIN_TOLERANCE
+def _fall_back(
+    tried: Any, probe: ListLike[Sequence], allowed: float, kernel: Kernel, reason: str, heads: ListLike[bool]
+) -> tuple[Layout, Verification]:
+    """Return padded rows if they are exact on a twin, or the model without one; if not even they, single sequences.
 
-
-def _fall_back(twin: Any, probe: ListLike[Sequence]) -> Layout:
-    """Return padded rows if they are exact on the twin; if not even they are, one sequence at a time."""
-    padded = [make_padded(split) for split in (True, False)]
-    for layout in (*padded, replace(padded[0], alone=True)):
-        if _try_layout(twin, probe, layout)[0] <= TWIN_TOLERANCE:
-            return layout
-    return replace(padded[1], alone=True)
+    `heads` are the ways to compute the head that are tried: split, and whole.
+    """
+    padded = [make_padded(split) for split in heads]
+    layouts = (*padded, replace(padded[0], alone=True))
+    exact = (layout for layout in layouts if _try_layout(tried, probe, layout)[0] <= allowed)
+    layout = next(exact, replace(padded[-1], alone=True))
+    instead = "one sequence at a time" if layout.alone else "padded batches"
+    log.warning("Prefixes are not shared for this model (%s): running %s instead.", reason, instead)
+    return layout, Verification(False, layout.split_head, kernel, None, None, None, reason)

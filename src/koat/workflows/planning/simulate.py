@@ -25,7 +25,7 @@ from koat.core.config import Section
 from koat.core.settings import ModelSettings
 from koat.forest.attend import MASKLESS, AttentionPlan, Kernel
 from koat.forest.head import compute_logits, gather_logprobs
-from koat.forest.kernels import find_kernel, pick_own
+from koat.forest.kernels import find_attention_dropout, find_kernel, pick_own
 from koat.forest.pack import MicroBatch
 from koat.forest.pieces import Piece
 from koat.forest.root import has_cached_root, take_root
@@ -159,6 +159,8 @@ def pick_layout(model: nn.Module, settings: ModelSettings, device: torch.device)
 
 
 def _walks(model: nn.Module, settings: ModelSettings, device: torch.device) -> bool:
+    if find_attention_dropout(unwrap(model).config):
+        return False
     if settings.attention == "flex":
         return True
     own = settings.attention == "auto" and pick_own(device.type) in MASKLESS

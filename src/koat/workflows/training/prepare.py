@@ -67,7 +67,7 @@ def prepare_run(config: RunConfig, model_settings: ModelSettings, say: Say) -> P
     num_base, quantised = count_parameters(base), check_quantised_layers(base)
     model = attach_method(base, config)
     layout, verification = choose_layout(model, config.model, pick_precision(training, unwrap(model).device))
-    say(describe_layout(verification))
+    say(describe_layout(layout, verification))
     method, trained = config.adapter.method, count_trainable(model)
     say(f"{method}: {trained:,} of {num_base:,} parameters are trained ({trained / num_base:.3%})")
     if config.training.activation_checkpointing:
@@ -109,14 +109,15 @@ def fingerprint_start(adapter: Section) -> str | None:
     return fingerprint_adapter(find_adapter(Path(start))) if start else None
 
 
-def describe_layout(verification: Verification) -> str:
+def describe_layout(layout: Layout, verification: Verification) -> str:
     """Say in a sentence how sequences go through the model."""
     if verification.shares:
         return (
             f"forest verified: log-probabilities differ from single sequences by {verification.difference:.1g} "
             f"(padding alone: {verification.noise:.1g}); every shared prefix is computed once"
         )
-    return f"prefixes are not shared ({verification.reason}); running padded batches of similar length"
+    instead = "one sequence at a time" if layout.alone else "padded batches of similar length"
+    return f"prefixes are not shared ({verification.reason}); running {instead}"
 
 
 def enable_checkpointing(model: nn.Module, offload: bool = False) -> None:

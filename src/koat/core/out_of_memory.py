@@ -1,0 +1,15 @@
+"""Whether an error says that memory ran out: which speaks of the machine, never of what was tried on it."""
+
+from __future__ import annotations
+
+ON_A_CPU = ("can't allocate memory", "not enough memory")
+"""What PyTorch's allocator says on a CPU, in an error of no kind of its own."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocator, a GPU's or a CPU's, had no more to give."""
+    import torch
+
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in ON_A_CPU)
