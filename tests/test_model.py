@@ -91,6 +91,22 @@ def test_a_path_is_not_taken_for_a_hub_id(where) -> None:
         locate_base(where)
 
 
+@pytest.mark.parametrize("where", ["~nobody-of-this-name/model", "a" * 400])
+def test_a_path_that_the_system_does_not_know(where) -> None:
+    with pytest.raises(ModelError, match="is no folder and no Hub id"):
+        locate_base(where)
+
+
+def test_a_folder_in_ones_home_is_looked_into(base, monkeypatch) -> None:
+    """Advice for a pickle is given where the folder is, not where its name would be."""
+    monkeypatch.setenv("HOME", str(base.parent))
+    (base / WEIGHTS).rename(base / "pytorch_model.bin")
+    message = refuse(load_model, settle("~/tiny-llama"))
+    assert "no pickled weights (.bin)" in message
+    (base / "tokenizer.json").write_text("{", encoding="utf-8")
+    assert "Hub id" not in refuse(load_tokenizer, settle("~/tiny-llama"))
+
+
 def test_a_hub_id_is_left_alone() -> None:
     assert locate_base("EleutherAI/polyglot-ko-5.8b") == "EleutherAI/polyglot-ko-5.8b"
     assert locate_base("gpt2") == "gpt2"
@@ -113,6 +129,60 @@ def test_a_broken_configuration(base, content) -> None:
     assert str(base) in refuse(load_config, settle(base))
 
 
+def change_config(base: Path, **values) -> None:
+    stored = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    (base / "config.json").write_text(json.dumps({**stored, **values}), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"hidden_size": "64"}, "Field 'hidden_size' expected int, got str"),
+        ({"num_hidden_layers": None}, "Field 'num_hidden_layers' expected int"),
+        ({"num_attention_heads": 5}, "hidden size (64) is not a multiple of the number of attention"),
+        ({"num_attention_heads": 0}, "ZeroDivisionError"),
+        ({"dtype": "bfloat"}, "AttributeError: module 'torch' has no attribute 'bfloat'"),
+        ({"quantization_config": 3}, "AttributeError"),
+    ],
+)
+def test_a_configuration_with_values_that_cannot_be(base, values, said) -> None:
+    change_config(base, **values)
+    for load in (load_config, load_model):
+        message = refuse(load, settle(base))
+        assert said in message and str(base) in message and "\n" not in message
+
+
+@pytest.mark.parametrize(("values", "said"), [({"hidden_act": "nope"}, "'nope'"), ({"hidden_size": -64}, "negative")])
+def test_a_configuration_that_no_model_can_be_built_from(base, values, said) -> None:
+    change_config(base, **values)
+    assert said in refuse(load_model, settle(base))
+    with pytest.raises(ModelError, match=r"No causal model can be built from the configuration of .*tiny-llama"):
+        build_empty(load_config(settle(base)))
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(1)])
+def test_who_stops_a_loading_is_heard(base, monkeypatch, error) -> None:
+    def stop(*given, **more):
+        raise error
+
+    for name, load in [("AutoConfig", load_config), ("AutoTokenizer", load_tokenizer)]:
+        with monkeypatch.context() as patch:
+            patch.setattr(f"transformers.{name}.from_pretrained", stop)
+            with pytest.raises(type(error)):
+                load(settle(base))
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), None])
+def test_a_model_that_does_not_fit_is_said_with_what_to_do(base, monkeypatch, error) -> None:
+    def run_out(*given, **more):
+        if error:
+            raise error
+        torch.empty(1 << 60, dtype=torch.uint8)
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", run_out)
+    assert "larger than the memory that is free: see `koat plan --fit`" in refuse(load_model, settle(base))
+
+
 def test_a_folder_without_tokenizer(base) -> None:
     (base / "tokenizer.json").unlink()
     (base / "tokenizer_config.json").unlink()
@@ -124,6 +194,14 @@ def test_a_folder_without_tokenizer(base) -> None:
 def test_a_broken_tokenizer(base) -> None:
     (base / "tokenizer.json").write_text("{", encoding="utf-8")
     assert "tokenizer" in refuse(load_tokenizer, settle(base))
+
+
+@pytest.mark.parametrize("values", [{"model": {"type": "Nope"}}, {"pre_tokenizer": {"type": "Nope"}}])
+def test_a_tokenizer_of_another_version(base, values) -> None:
+    """The library of tokenizers says it by a plain Exception."""
+    stored = json.loads((base / "tokenizer.json").read_text(encoding="utf-8"))
+    (base / "tokenizer.json").write_text(json.dumps({**stored, **values}), encoding="utf-8")
+    assert "The tokenizer of the base model" in refuse(load_tokenizer, settle(base))
 
 
 # ------------------------------------------------------------------------------------------- its weights
@@ -190,9 +268,9 @@ def test_remote_code_is_not_run(base, tmp_path) -> None:
 # --------------------------------------------------------------------------------------- device and type
 
 
-@pytest.mark.parametrize("device", ["gpu", "cuda:x", "", "cpu0"])
-def test_an_unknown_device(device) -> None:
-    with pytest.raises(ModelError, match="is no device"):
+@pytest.mark.parametrize("device", ["gpu", "cuda:x", "", "cpu0", "mps", "xpu", "meta", "hpu:0", "cuda:-1"])
+def test_a_device_that_koat_does_not_run_on(device) -> None:
+    with pytest.raises(ModelError, match=r"is no device that koat runs on\. Use auto, cpu, cuda or cuda:0"):
         pick_device(device)
 
 

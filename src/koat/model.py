@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from koat.core.errors import ModelError, suggest
+from koat.core.errors import ModelError, suggest, summarise_error
+from koat.core.out_of_memory import is_out_of_memory
 from koat.core.quiet import quieten
 from koat.core.settings import ModelSettings, TrainingSettings
 from koat.quantise.load import make_loading_options, settle_kernels
@@ -27,7 +28,7 @@ def locate_base(base: str) -> str:
     """Return the folder or Hub id that `base` stands for. Raises ModelError for a folder that is not there."""
     if base == NANO:
         return str(Path(__file__).parent / "nano")
-    path = Path(base).expanduser()
+    path = _expand(base)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelError(f"{path} holds no config.json, so it is not a model folder.")
@@ -42,14 +43,26 @@ def locate_base(base: str) -> str:
     return base
 
 
+def _expand(base: str) -> Path:
+    """Return the path that a base would have as a folder. Raises ModelError where the system knows no such path."""
+    try:
+        path = Path(base).expanduser()
+        path.exists()
+    except (OSError, ValueError, RuntimeError) as error:  # a name too long, a home that nobody has
+        raise ModelError(f"The base model {base!r} is no folder and no Hub id: {error} Check it.") from error
+    return path
+
+
 def pick_device(device: str) -> torch.device:
-    """Return the device for `auto`, `cpu`, `cuda`, `cuda:N`. Raises ModelError when it is not there."""
+    """Return the device for `auto`, `cpu`, `cuda`, `cuda:N`. Raises ModelError for others, or when it is not there."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        picked = torch.device(device)
-    except RuntimeError as error:
-        raise ModelError(f"model.device={device!r} is no device. Use auto, cpu, cuda or cuda:0.") from error
+        picked: torch.device | None = torch.device(device)
+    except RuntimeError:
+        picked = None
+    if picked is None or picked.type not in ("cpu", "cuda"):
+        raise ModelError(f"model.device={device!r} is no device that koat runs on. Use auto, cpu, cuda or cuda:0.")
     if picked.type == "cuda" and not torch.cuda.is_available():
         raise ModelError(f"model.device={device} was asked for, but PyTorch sees no CUDA GPU here. Use cpu or auto.")
     if picked.type == "cuda" and (picked.index or 0) >= torch.cuda.device_count():
@@ -92,8 +105,8 @@ def load_config(settings: ModelSettings) -> Any:
         return AutoConfig.from_pretrained(
             where, revision=settings.revision, trust_remote_code=settings.trust_remote_code
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(_explain(settings, "configuration", error)) from error
+    except Exception as error:  # values that are checked by several libraries, each with errors of its own
+        raise _refuse(settings, "configuration", error) from error
 
 
 def load_tokenizer(settings: ModelSettings) -> Any:
@@ -113,8 +126,8 @@ def load_tokenizer(settings: ModelSettings) -> Any:
         return AutoTokenizer.from_pretrained(
             where, revision=settings.revision, trust_remote_code=settings.trust_remote_code
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(_explain(settings, "tokenizer", error)) from error
+    except Exception as error:  # tokenizers raises plain ones
+        raise _refuse(settings, "tokenizer", error) from error
 
 
 def load_model(settings: ModelSettings) -> Any:
@@ -123,7 +136,6 @@ def load_model(settings: ModelSettings) -> Any:
     With `quantisation` its linear layers but the head are quantised while they are read. Raises ModelError when
     the weights are absent, pickled, broken or not all there, or bitsandbytes is missing.
     """
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     where, device = locate_base(settings.base), pick_device(settings.device)
@@ -144,15 +156,15 @@ def load_model(settings: ModelSettings) -> Any:
             output_loading_info=True,
             **quantised,
         )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        raise ModelError(_explain(settings, "weights", error)) from error
+    except Exception as error:  # safetensors, bitsandbytes and the family's own code, each with errors of its own
+        raise _refuse(settings, "weights", error) from error
     model, report = loaded
     _check_complete(settings, report["missing_keys"])
     settle_kernels(model.requires_grad_(False).eval())
     try:
         return model if quantised else model.to(device)
     except torch.OutOfMemoryError as error:
-        raise ModelError(_explain(settings, "weights", error)) from error
+        raise _refuse(settings, "weights", error) from error
 
 
 def _check_complete(settings: ModelSettings, missing: Collection[str]) -> None:
@@ -180,7 +192,15 @@ def pick_attention(attention: str, config: Any) -> str | None:
 
 
 def build_empty(config: Any) -> Any:
-    """Build a model without weights (meta device), to count and to measure."""
+    """Build a model without weights (meta device), to count and to measure. Raises ModelError where none can be."""
+    try:
+        return _build_empty(config)
+    except Exception as error:  # each family's own code
+        name, first = getattr(config, "_name_or_path", ""), summarise_error(error)
+        raise ModelError(f"No causal model can be built from the configuration of {name!r}: {first}") from error
+
+
+def _build_empty(config: Any) -> Any:
     from transformers import AutoModelForCausalLM
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
@@ -262,17 +282,17 @@ def list_weights(settings: ModelSettings, config: Any) -> list[Path]:
     return there if commit is None or len(there) == len(paths) else []
 
 
-def _explain(settings: ModelSettings, what: str, error: Exception) -> str:
-    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _refuse(settings: ModelSettings, what: str, error: Exception) -> ModelError:
+    first = summarise_error(error)
     text = f"The {what} of the base model {settings.base!r} could not be loaded: {first}"
-    folder = Path(settings.base)
+    folder = Path(locate_base(settings.base))
     pickled = folder.is_dir() and any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors"))
-    if isinstance(error, torch.OutOfMemoryError):
+    if is_out_of_memory(error):
         text += " It is larger than the memory that is free: see `koat plan --fit`, or set model.quantisation=nf4."
     elif "safetensors" in first and (pickled or not folder.is_dir()):
         text += " koat opens no pickled weights (.bin): convert them once with transformers' save_pretrained."
     elif "trust_remote_code" in str(error) or "custom code" in str(error):
         text += " This model brings Python code of its own; to run it, set model.trust_remote_code=true."
-    elif not Path(settings.base).exists() and settings.base != NANO:
+    elif not folder.is_dir():
         text += " If it is meant to be a local folder, check the path; if a Hub id, check name, login and network."
-    return text
+    return ModelError(text)

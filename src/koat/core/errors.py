@@ -50,6 +50,14 @@ class HubError(KoatError):
     """The Hugging Face Hub cannot be reached, or refuses."""
 
 
+def summarise_error(error: Exception) -> str:
+    """Return an error's first line, with the one that it announces, and its kind where the words alone say little."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    first = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    telling = first and not isinstance(error, KeyError | AttributeError | TypeError | ArithmeticError)
+    return first if telling else f"{type(error).__name__}: {first}"
+
+
 def suggest(word: str, known: Iterable[str]) -> str:
     """Return " (did you mean 'x'?)" for the nearest known word, or an empty string."""
     nearest = get_close_matches(word, list(known), n=1, cutoff=0.6)

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from koat.core.differences import find_largest
-from koat.core.errors import ModelError
+from koat.core.errors import ModelError, summarise_error
 from koat.core.out_of_memory import is_out_of_memory
 from koat.core.sequence import Sequence
 from koat.core.soft_prompt import has_soft_prompt
@@ -212,7 +212,7 @@ def _check_prompt(model: nn.Module, probe: ListLike[Sequence], kernel: Kernel) -
     except Exception as error:  # prompts of a wrong size, caches of another kind
         if is_out_of_memory(error):
             raise
-        first = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        first = summarise_error(error).rstrip(".")
         raise ModelError(
             f"This base cannot run with this soft prompt: {first}. Use adapter.method=ia3 or lora."
         ) from error
