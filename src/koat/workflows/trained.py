@@ -12,9 +12,9 @@ from koat.adapters.files import CONFIG, list_weight_files, read_adapter_config
 from koat.core.errors import AdapterError, ModelError, RunFolderError
 from koat.core.fingerprint import fingerprint_file
 from koat.core.run_folder import RunFolder
-from koat.core.settings import ModelSettings
+from koat.core.settings import ModelSettings, TrainingSettings
 from koat.data.prompts import PromptTemplate, from_mapping
-from koat.model import find_commit, fingerprint_base, list_weights, load_config
+from koat.model import find_commit, fingerprint_base, list_weights, load_config, settle_dtype
 
 TEMPLATE = "prompt_template.json"
 TOKENIZER = (
@@ -104,7 +104,7 @@ def find_run(path: Path, settings: ModelSettings | None = None) -> Trained:
             f"{path} holds no adapter: the run did not finish. Go on with `koat finetune --resume {path}`."
         )
     recorded = run.read_manifest()["base"]
-    stored = pin_commit(stored, recorded)
+    stored = settle_codes(pin_commit(stored, recorded), run.read_config())
     config = load_config(stored)
     found = fingerprint_base(stored, config)
     if found != recorded["fingerprint"] and not is_awaited(stored, config, recorded):
@@ -113,6 +113,14 @@ def find_run(path: Path, settings: ModelSettings | None = None) -> Trained:
             f"{stored.base!r} has {found}. Give the right one with `--base`."
         )
     return Trained(path.name, run.adapter, stored, run)
+
+
+def settle_codes(model: ModelSettings, config: dict[str, Any]) -> ModelSettings:
+    """Quantise a run's base from the type that it was quantised from in training: from another, codes differ."""
+    precision = config.get("training", {}).get("precision", "auto")
+    if model.quantisation == "none":
+        return model
+    return settle_dtype(model, TrainingSettings(precision=precision))
 
 
 def is_awaited(model: ModelSettings, config: Any, recorded: dict[str, Any]) -> bool:

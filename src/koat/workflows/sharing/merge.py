@@ -15,9 +15,10 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from koat.adapters.attach import restore_adapter
+from koat.adapters.full import write_model_folder
 from koat.adapters.merge import check_mergeable, merge_adapter, round_weights
 from koat.core.atomic import atomic_folder, write_json
-from koat.core.errors import AdapterError, RunFolderError
+from koat.core.errors import AdapterError, ConfigError, RunFolderError
 from koat.core.settings import ModelSettings
 from koat.model import build_empty, load_config, load_model, load_tokenizer
 from koat.quantise.undo import QuantisedLayer, dequantise_model, requantise_weights
@@ -33,6 +34,7 @@ from koat.workflows.trained import (
 )
 
 RECORD = "merge.json"
+STORED = ("float32", "bfloat16", "float16")
 FLOAT32_LIMIT = 1e-4
 """Largest logit difference that float32 arithmetic in another order explains."""
 
@@ -86,7 +88,7 @@ def merge_run(
         raise AdapterError("--requantise: the base model is not quantised, so there is nothing to quantise again.")
     model, stages = merge_in_stages(model, prompts, kind, layers if measure_requantising else [])
     with atomic_folder(out) as draft:
-        model.to(kind).save_pretrained(draft)
+        write_model_folder(model.to(kind), draft)
         del model
         save_company(trained, tokenizer, draft)
         folder = collect_logits(open_written(draft, trained.model), prompts)
@@ -108,13 +110,19 @@ def claim_folder(out: Path, overwrite: bool) -> None:
 
 def pick_stored_dtype(settings: ModelSettings, dtype: str) -> torch.dtype:
     """Return the type of the weights to write; `auto` is the type that the base is stored in."""
+    if dtype not in ("auto", *STORED):
+        raise ConfigError(f"dtype {dtype!r}: a merged model is stored as auto, {', '.join(STORED)}.")
     found = getattr(load_config(settings), "dtype", None) if dtype == "auto" else getattr(torch, dtype)
     return found if isinstance(found, torch.dtype) else torch.float32
 
 
 def open_for_merging(trained: Trained) -> tuple[Any, list[QuantisedLayer]]:
-    """Load the base in float32, quantised layers dequantised, with the adapter on it."""
-    base = load_model(trained.model.model_copy(update={"dtype": "float32"}))
+    """Load the base in float32, quantised layers dequantised, with the adapter on it.
+
+    A quantised base is read in the type that training read it in: its codes are those of that type's weights.
+    """
+    settings = trained.model
+    base = load_model(settings if settings.quantisation != "none" else settings.model_copy(update={"dtype": "float32"}))
     layers = dequantise_model(base, build_empty(load_config(trained.model)))
     return restore_adapter(base.float(), trained.folder).eval(), layers
 
