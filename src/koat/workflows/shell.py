@@ -50,7 +50,7 @@ def run_finetune(resolved: Resolved[Any], out: Path, *, resume: bool, overwrite:
         f"peak memory {format_bytes(result['peak_bytes'])}"
     )
     print(f"kept the adapter of step {result['kept_step']} in {run.adapter}")
-    print(f"next: koat eval {shlex.quote(str(out))} {suggest_task(manifest['templates'])}")
+    print(f"next: koat eval {shlex.quote(str(out))} {suggest_task(manifest.get('templates', []))}")
 
 
 def suggest_task(templates: list[dict[str, Any]]) -> str:
