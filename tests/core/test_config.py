@@ -490,3 +490,11 @@ def test_none_is_a_word_where_it_is_a_choice() -> None:
 
     found = resolve(Choice, [Layer("flag", {"kind": None, "perhaps": None})]).settings
     assert (found.kind, found.perhaps) == ("none", None)
+
+
+@pytest.mark.parametrize("prompt", [r"$\nabla f$ of {x}", "C:" + r"\new\{x}", "{x}\n" + r"\n is a line break"])
+def test_a_backslash_before_other_letters_is_no_line_break(prompt: str) -> None:
+    template = resolve(
+        DataSettings, [Layer("flag", {"train": ["a"], "template": {"prompt": prompt}})]
+    ).settings.template
+    assert template.prompt == prompt

@@ -27,3 +27,10 @@ def test_suggest_is_silent_when_nothing_is_near() -> None:
 def test_suggest_takes_any_iterable_and_korean() -> None:
     assert errors.suggest("질뭄", (word for word in ["질문", "답변"])) == ""  # half the letters differ
     assert errors.suggest("질문들", iter(["질문", "답변"])) == " (did you mean '질문'?)"
+
+
+def test_an_error_is_named_where_it_has_no_words() -> None:
+    assert errors.summarise_error(MemoryError()) == "MemoryError"
+    assert errors.summarise_error(ValueError("")) == "ValueError"
+    assert errors.summarise_error(KeyError("x")) == "KeyError: 'x'"
+    assert errors.summarise_error(ValueError("these are wrong:\n  a\n  b")) == "these are wrong: a"

@@ -173,6 +173,12 @@ def test_questions_stand_in_tables_and_rows_as_well(tmp_path: Path, questions: s
         assert len(contracts) == 1
         assert all(KOAT.render_prompt(each.record) for each in found)
         assert {predict_answer(each, "가")["text"]["title"] for each in found} == {""}
+    (tmp_path / "own.csv").write_text("context,instruction,output\n가 나,무엇?,가\n", encoding="utf-8")
+    (found_one,) = read_questions(TASK, str(tmp_path / "own.csv"))
+    assert (found_one.record.fields["instruction"], found_one.answers) == ("무엇?", ("가",))
+    (tmp_path / "holes.csv").write_text("context,question,answer\n가 나,무엇?,가\n,무엇?,나\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"holes\.csv:3: context missing or empty"):
+        read_questions(TASK, str(tmp_path / "holes.csv"))
     with pytest.raises(DataError, match="which is not there; the file has: context, question, answer"):
         read_questions(TASK.model_copy(update={"columns": {"output": "reply"}}), str(tmp_path / "rows.csv"))
 

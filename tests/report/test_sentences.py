@@ -106,6 +106,9 @@ def test_what_one_side_does_not_say_is_no_difference_that_was_seen() -> None:
     left, right = {"items": {"num": 500}}, {"items": {"num": 500, "fingerprint": "0123456789abcdef"}}
     assert explain_differences(left, right) == {"items": "other items: one of the two does not say which"}
     assert "against" in explain_differences(left, {"items": {"num": 400, "fingerprint": "f"}})["items"]
+    # Of other parts a contract leaves out what is not there: that is a difference, and known.
+    plain, cleaned = {"prompt": {"clean": {}}}, {"prompt": {"clean": {"document": "strip"}}}
+    assert explain_differences(plain, cleaned) == {"prompt": "another prompt"}
 
 
 def test_reasons_in_two_words_have_their_korean() -> None:

@@ -11,6 +11,10 @@ import pytest
 import torch
 
 import koat
+from koat.data.templates import TextTemplate
+from koat.evaluation.continuations import continue_prompts
+from koat.workflows.ask import Answer, Form, Writing, ask_model, find_limits
+from koat.workflows.shell import print_answers
 from tests.tiny_base import call_koat
 
 ARTICLE = "비가 옵니다. 눈이 많이"
@@ -67,17 +71,14 @@ def test_an_answer_ends_at_a_text_and_what_is_drawn_repeats(finished: Path) -> N
 
 def test_the_question_fills_the_field_that_is_left(finished: Path, tmp_path: Path) -> None:
     subject = koat.load(finished)
-    from koat.data.templates import TextTemplate
-    from koat.workflows.ask import Form
-
     one = TextTemplate("reviews", ("리뷰: {document}\n감정:",))
     assert Form(one).fill("좋아요") == "리뷰: 좋아요\n감정:"
     two = TextTemplate("pairs", ("{first} / {second}:",))
     assert Form(two, {"first": "하나"}).fill("둘") == "하나 / 둘:"
     with pytest.raises(koat.DataError, match="which of first, second is the question"):
         Form(two).fill("둘")
-    with pytest.raises(koat.DataError, match=r"the longest prompt has .* tokens, and the model sees"):
-        koat.ask(subject, "비가 옵니다. " * 900)
+    with pytest.raises(koat.DataError, match=r"question 2 makes a prompt of .* tokens, and the model sees"):
+        koat.ask(subject, "비가", "비가 옵니다. " * 900)
     with pytest.raises(koat.ConfigError, match="max_new_tokens=0"):
         koat.ask(subject, "비가", max_new_tokens=0)
 
@@ -106,13 +107,44 @@ def test_the_command_line_asks_what_it_is_given(
     assert call_koat("ask", reader, *options)[1] == f"{expected[2]}\n"
 
 
+def test_a_long_question_takes_nothing_from_the_others(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    subject = koat.load(finished)
+    room = subject.model.config.max_position_embeddings
+    form, writing = Form(None), Writing(max_new_tokens=9)
+    near = next(text for n in range(room) if room - 9 < len(subject.tokenizer(text := "비가 " * n).input_ids) < room)
+    alone = [ask_model(subject, [question], form, writing)[0] for question in (near, "비가")]
+    assert ask_model(subject, [near, "비가"], form, writing) == alone
+    assert find_limits([(1,) * (room - 4), (1, 2)], room, 9) == [4, 9]
+    assert ask_model(subject, [], form, writing) == []
+    # What ends by itself is not cut.
+    stop = alone[1].text[:1]
+    assert not ask_model(subject, ["비가"], form, Writing(9, until=stop))[0].is_cut
+    print_answers(["가", "나"], [Answer("하나", True), Answer("둘", False)], as_json=False)
+    assert capsys.readouterr().err == "1 of 2 answers cut at the longest allowed (--max-new-tokens)\n"
+
+
+def test_all_tokens_may_be_drawn(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers would draw from the 50 likeliest."""
+    asked: list[Any] = []
+
+    def watch(model: Any, layout: Any, tokenizer: Any, prompts: Any, ending: Any, **more: Any) -> Any:
+        asked.append(ending.options)
+        return continue_prompts(model, layout, tokenizer, prompts, ending, **more)
+
+    monkeypatch.setattr("koat.workflows.ask.continue_prompts", watch)
+    koat.ask(finished, "비가", temperature=0.5, top_p=0.9, max_new_tokens=2)
+    assert asked == [{"do_sample": True, "temperature": 0.5, "top_p": 0.9, "top_k": 0}]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ([], "there is no question"),
         (["비가", "--field", "context"], "is not NAME=TEXT"),
         (["비가", "--template", "koalpacca"], "did you mean 'koalpaca'"),
-        (["비가", "--field", "context=눈이"], "give --template to use --field"),
+        (["비가", "--field", "context=눈이"], "no place for context. Name a template"),
+        (["비가", "--field", "contxt=눈이", "--template", "koalpaca"], "did you mean 'context'"),
+        (["비가", ""], "question 2 is empty"),
         (["비가", "--context", "nowhere.txt"], "nowhere.txt"),
         (["비가", "--top-p", "0"], "top_p=0.0"),
     ],

@@ -291,6 +291,12 @@ def test_counts_and_rates_are_the_same_thing(tmp_path: Path) -> None:
     assert compare(rates)["comparisons"] == compare(counts)["comparisons"]
 
 
+def test_published_tables_do_not_say_which_items(tmp_path: Path) -> None:
+    ours = write_scores(tmp_path / "mine", make_answers(500, range(100)), task="nsmc-prompt1")
+    with pytest.raises(koat.DataError, match="other items: one of the two does not say which"):
+        compare("kgoat", ours, only=("KoAlpaca", "mine"))
+
+
 def test_shots_that_differ_are_named(tmp_path: Path) -> None:
     other = {**OURS[0], "name": "others", "shots": 0}
     with pytest.raises(koat.DataError, match="25 against 0: other shots"):

@@ -17,6 +17,7 @@ from koat.core.errors import ConfigError, RunFolderError
 from koat.core.json_lines import read_lines
 from koat.core.run_folder import RunFolder
 from koat.data.prompts import from_mapping
+from koat.workflows.shell import suggest_task
 from tests.tiny_base import call_koat, make_rows, need_shared, write_rows
 
 
@@ -49,7 +50,7 @@ def test_the_manifest_says_what_the_run_depended_on(finished: Path, place: Path)
     assert manifest["finished"] is True
     assert manifest["method"] == "ia3"
     assert (manifest["trainable_parameters"], manifest["seed"]) == (160, 3)
-    assert manifest["examples"] == {"train": 24, "validation": 6}
+    assert manifest["examples"] == {"train": 24, "validation": 6, "groups": 0}
     assert manifest["forest"]["shares"] is True
     assert manifest["base"]["name"] == str(place / "base")
     assert len(manifest["base"]["fingerprint"]) == 16
@@ -304,3 +305,10 @@ def test_a_lock_that_a_kill_left_is_no_run(place: Path, tmp_path: Path) -> None:
     (tmp_path / "run" / ".lock").write_text("", encoding="utf-8")
     settings = {"model": {"base": str(place / "base")}, "data": {"train": [str(place / "rows.jsonl")]}}
     assert koat.finetune({**settings, "training": {"max_steps": 1}}, out=tmp_path / "run").is_complete()
+
+
+@pytest.mark.parametrize(
+    ("examples", "task"), [({"groups": 2}, "context-qa"), ({"groups": 0}, "nsmc-prompt1"), ({}, "nsmc-prompt1")]
+)
+def test_the_next_step_suits_what_was_trained_on(examples: dict[str, int], task: str) -> None:
+    assert suggest_task(examples).startswith(f"--task {task} ")

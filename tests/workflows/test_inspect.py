@@ -11,8 +11,9 @@ import pytest
 import koat
 from koat.core.config import Layer, resolve
 from koat.core.settings import DataSettings, ModelSettings, TrainingSettings
+from koat.data.readers import read_records
 from koat.workflows.inspect_data import Inspection, inspect_files
-from koat.workflows.training.examples import divide_records
+from koat.workflows.training.examples import divide_records, hold_out
 from tests.tiny_base import call_koat, need_shared
 
 
@@ -102,6 +103,22 @@ def test_the_factor_is_the_one_that_training_has(place: Path, tmp_path: Path) ->
         assert result["tokens"] == found.lengths.num_tokens
         # What is last in a sequence predicts nothing and is not computed: four answers' ends in each group.
         assert found.lengths.num_step_tokens - 48 <= result["unique_tokens"] <= found.lengths.num_step_tokens
+
+
+@pytest.mark.parametrize(("num_contexts", "num_rows"), [(3, 900), (1, 40)])
+def test_a_context_of_many_rows_is_no_article(tmp_path: Path, num_contexts: int, num_rows: int) -> None:
+    """A category or an instruction in every row must neither be kept in order nor make a split impossible."""
+    rows = [
+        {"context": f"갈래 {number % num_contexts}", "question": f"{number}?", "answer": "x"}
+        for number in range(num_rows)
+    ]
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (tmp_path / "rows.jsonl").write_text(lines, encoding="utf-8")
+    columns = {"instruction": "question", "output": "answer"}
+    records = read_records(str(tmp_path / "rows.jsonl"), columns=columns).records
+    assert {record.group for record in records} == {""}
+    train, held_out = hold_out(records, 0.05, 0)
+    assert (len(train), len(held_out)) == (num_rows * 95 // 100, num_rows * 5 // 100)
 
 
 def test_no_context_stands_on_both_sides(tmp_path: Path) -> None:

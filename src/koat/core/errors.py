@@ -55,7 +55,7 @@ def summarise_error(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
     first = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
     telling = first and not isinstance(error, KeyError | AttributeError | TypeError | ArithmeticError)
-    return first if telling else f"{type(error).__name__}: {first}"
+    return first if telling else ": ".join(part for part in (type(error).__name__, first) if part)
 
 
 def suggest(word: str, known: Iterable[str]) -> str:

@@ -5,6 +5,7 @@ A method's own settings live with the method, in `koat.adapters.methods`.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -12,6 +13,8 @@ from pydantic import Field, field_validator
 
 from koat.core.config import Section
 
+SPELT_OUT = re.compile(r"\\n(?![a-zA-Z])")
+"""A line break as a shell leaves it; `\\nabla` and `C:\\new` are none."""
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -61,7 +64,7 @@ class TemplateSettings(Section):
     @field_validator("prompt", "response")
     @classmethod
     def _refuse_spelt_line_breaks(cls, text: str) -> str:
-        if "\\n" in text:
+        if "\n" not in text and SPELT_OUT.search(text):
             raise ValueError(
                 "it holds a backslash and the letter n where a line break is meant. In a file put the text in double "
                 'quotes ("...\\n...") or below `|`; in a shell put single quotes around the double ones '

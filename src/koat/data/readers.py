@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,6 +20,8 @@ from koat.data.row_values import RowProblem, compose, compose_keys, describe_val
 from koat.data.squad import find_misplaced_answers, is_squad_document, read_questions
 from koat.data.tables import guess_delimiter, read_table
 
+LARGEST_GROUP = 64
+"""Rows on one context, beyond which it is taken for a category or an instruction and not for an article."""
 _JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
 _NOT_HANGUL = re.compile(r"[^가-힣ㄱ-ㅎㅏ-ㅣ\s]")
 _CLEANERS: dict[str, Callable[[str], str]] = {
@@ -98,7 +101,7 @@ def read_records(
     remarks = describe_unread(row.value for row in good) if found == "chat" else []
     refine = _Refiner(path_or_id, records, columns, values, clean)
     records = collector.collect(((record.source, record) for record in records), refine)
-    return RecordFile(records, found, collector.bad_rows, path_or_id, warnings, remarks)
+    return RecordFile(_group_by_context(records), found, collector.bad_rows, path_or_id, warnings, remarks)
 
 
 def _open_rows(path_or_id: str, format: str) -> tuple[str, list[RawRow]]:
@@ -228,10 +231,7 @@ def _unwrap(row: Any) -> Any:
 
 
 class _Refiner:
-    """Applies column mapping (where it is still to do), cleaning and value words to a record.
-
-    A record that no format has grouped stands with those that have the same `context`.
-    """
+    """Applies column mapping (where it is still to do), cleaning and value words to a record."""
 
     def __init__(
         self,
@@ -270,9 +270,25 @@ class _Refiner:
         _check_characters(fields, turns)
         if not fields.get("output", "-").strip():
             raise RowProblem("field 'output' is empty after cleaning; it must hold text")
-        context = fields.get("context", "")
-        group = record.group or (hash_context("", context) if context.strip() else "")
-        return replace(record, fields=fields, turns=turns, group=group)
+        return replace(record, fields=fields, turns=turns)
+
+
+def _group_by_context(records: list[Record]) -> list[Record]:
+    """Let records that no format has grouped stand with those on the same `context`.
+
+    A context that a large part of a file has is no article but a category or an instruction: as a group it would be
+    trained on without being shuffled, and could not be divided between training and validation.
+    """
+    contexts = [record.fields.get("context", "") for record in records]
+    counts = Counter(context for context in contexts if context.strip())
+    if len(counts) < 2:
+        return records
+    return [
+        replace(record, group=hash_context("", context))
+        if not record.group and 0 < counts[context] <= LARGEST_GROUP
+        else record
+        for record, context in zip(records, contexts, strict=True)
+    ]
 
 
 def _check_characters(fields: Mapping[str, str], turns: Sequence[Turn]) -> None:

@@ -24,7 +24,7 @@ class AnswerTask(Section):
     columns: dict[str, str] = Field(
         default_factory=dict,
         description="Field of the template: column of the file, as in data.columns; `output` is the right answer. "
-        "Left out, a table has {instruction: question, output: answer}.",
+        "Left out, question and answer in a table are these.",
     )
     template: Template = Field(
         "koalpaca-context", description="Prompt template of a model that was trained with none of its own."

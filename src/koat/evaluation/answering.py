@@ -7,7 +7,6 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -31,7 +30,7 @@ from koat.evaluation.scorer import Progress
 from koat.forest.score import Layout
 
 TABLE_COLUMNS = {"instruction": "question", "output": "answer"}
-"""What the columns of a table of questions are usually called, beside `context`."""
+"""What the columns of a table of questions are often called, beside `context`."""
 log = logging.getLogger(__name__)
 
 
@@ -118,17 +117,12 @@ def read_questions(task: AnswerTask, path: str) -> list[Question]:
 
     Raises DataError for rows that lack one of these.
     """
-    is_table = Path(path.removesuffix(".gz")).suffix in (".csv", ".tsv")
-    columns = task.columns or (TABLE_COLUMNS if is_table else {})
-    found = read_records(path, format=task.format, columns=columns)
+    found = read_records(path, format=task.format, columns=task.columns)
+    if not task.columns and found.format == "table" and {"question", "answer"} <= found.records[0].fields.keys():
+        found = read_records(path, format=task.format, columns=TABLE_COLUMNS)
     records, has_several = found.records, found.format == "squad"
-    lacking = [name for name in ("context", "instruction", "output") if name not in records[0].fields]
-    if lacking:
-        raise DataError(
-            f"{records[0].source}: the fields {', '.join(lacking)} are not there; a question on a text has context, "
-            f"instruction and output, and this row {join_names(records[0].fields)}. Name the file's columns in a task "
-            "of your own, in YAML: kind: answer, columns: {instruction: question, output: answer}."
-        )
+    for record in records:
+        check_question(record)
     ids = [record.fields.get("id", "") for record in records]
     if "" in ids or len(set(ids)) < len(ids):
         ids = [str(number) for number in range(1, len(records) + 1)]
@@ -136,6 +130,17 @@ def read_questions(task: AnswerTask, path: str) -> list[Question]:
         tuple(json.loads(record.fields["answers"])) if has_several else (record.fields["output"],) for record in records
     ]
     return [Question(*parts) for parts in zip(ids, records, answers, strict=True)]
+
+
+def check_question(record: Record) -> None:
+    """Raise DataError for a record that is no question on a text with an answer."""
+    lacking = [name for name in ("context", "instruction", "output") if not record.fields.get(name, "").strip()]
+    if lacking:
+        raise DataError(
+            f"{record.source}: {', '.join(lacking)} missing or empty; a question on a text has context, instruction "
+            f"and output, and this row has {join_names(record.fields)}. Name the file's columns in a task of your own, "
+            "in YAML: kind: answer, columns: {instruction: question, output: answer}."
+        )
 
 
 def build_prompts(

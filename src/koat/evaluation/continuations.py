@@ -132,7 +132,7 @@ class _Writer:
     ) -> Continuations:
         """Continue all prompts as a forest, what they share computed once."""
         texts, causal = StopTexts(self.tokenizer, self.ending.until), unwrap(self.model)
-        ends = torch.tensor(sorted(_list_end_tokens(causal)), dtype=torch.int64, device=causal.device)
+        ends = torch.tensor(sorted(list_end_tokens(causal)), dtype=torch.int64, device=causal.device)
 
         def is_done(places: Sequence[int], written: Tensor) -> Tensor:
             return torch.isin(written[:, -1], ends) | texts.find(written)
@@ -180,7 +180,7 @@ class _Writer:
             use_cache=True,
             **self.ending.options,
         )
-        ends = _list_end_tokens(causal)
+        ends = list_end_tokens(causal)
         return [
             _cut(tuple(row), length, ends)
             for row, length in zip(output[:, width:].tolist(), stop.lengths.tolist(), strict=True)
@@ -200,7 +200,8 @@ def _find_padding(tokenizer: Any) -> int:
     return int(next(token_id for token_id in candidates if token_id is not None))
 
 
-def _list_end_tokens(causal: Any) -> set[int]:
+def list_end_tokens(causal: Any) -> set[int]:
+    """Return the tokens at which a model is done."""
     ends = causal.generation_config.eos_token_id
     return set(ends) if isinstance(ends, list) else {ends} - {None}
 

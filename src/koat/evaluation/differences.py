@@ -46,7 +46,8 @@ def explain_part(name: str, left: Any, right: Any) -> str:
     phrase = PHRASES.get(name, f"another {name}")
     if left is _MISSING or right is _MISSING:
         return f"{phrase}: {UNSAID}"
-    if all(None in pair for pair in _list_leaves(left, right)):
+    # Published tables do not say which items; of other parts contracts leave out what is not there.
+    if name == "items" and all(None in pair for pair in _list_leaves(left, right)):
         return f"{phrase}: {UNSAID}"
     shown = ", ".join(_show_leaves(left, right))
     return f"{shown}: {phrase}" if shown else phrase

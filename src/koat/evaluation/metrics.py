@@ -65,7 +65,8 @@ def score_values(name: str, values: Sequence[float]) -> Score:
 
     The bootstrap draws items (percentile interval); the same values give the same interval. From fewer than `FEW`,
     or from values that are all alike, its draws spread too little: then shares have Wilson's interval, which is
-    at least as wide, and other values the t test's. One value alone says nothing of the spread.
+    at least as wide, and other values the t test's (of no width where they are alike). One value alone says nothing
+    of the spread.
     """
     mean, num_items = float(np.mean(values)), len(values)
     few = num_items < FEW or min(values) == max(values)

@@ -68,7 +68,8 @@ def ask(
     `writing` those of `koat.workflows.ask.Writing`: max_new_tokens, temperature, top_p, seed, until.
     """
     subject = target if isinstance(target, Subject) else load(target, model)
-    return ask_model(subject, questions, choose_form(subject, template, fields or {}), Writing(**writing))
+    answers = ask_model(subject, questions, choose_form(subject, template, fields or {}), Writing(**writing))
+    return [answer.text for answer in answers]
 
 
 def evaluate(

@@ -7,15 +7,17 @@ from collections.abc import Sequence as ListLike
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
-from koat.core.errors import ConfigError, DataError
+from koat.core.errors import ConfigError, DataError, ModelError, suggest
 from koat.core.seeding import seeded
 from koat.data.prompts import PromptTemplate, resolve_template
 from koat.data.records import Record
 from koat.data.templates import CONTEXT_FIELDS, TextTemplate
 from koat.data.tokens import encode_prompts
-from koat.evaluation.continuations import Ending, continue_prompts, read_text
+from koat.evaluation.continuations import Ending, continue_prompts, list_end_tokens, read_text
 from koat.evaluation.room import find_room
+from koat.forest.score import unwrap
 from koat.workflows.evaluating.subject import Subject
+from koat.workflows.out_of_memory import TO_EVALUATE, explain_out_of_memory
 
 QUESTION = "instruction"
 """The field that a question fills where the prompt template has it."""
@@ -34,17 +36,27 @@ class Writing:
 
     def __post_init__(self) -> None:
         """Raise ConfigError for what cannot be."""
+        if isinstance(self.until, str):
+            object.__setattr__(self, "until", (self.until,))
         if self.max_new_tokens < 1 or self.temperature < 0 or not 0 < self.top_p <= 1:
             raise ConfigError(
                 f"max_new_tokens={self.max_new_tokens}, temperature={self.temperature}, top_p={self.top_p}: allowed "
                 "are at least 1, at least 0, and above 0 to 1."
             )
 
-    def to_ending(self, room: int) -> Ending:
-        """Return when an answer is done, in a context that has `room` tokens left for it."""
-        drawn = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p}
-        options = drawn if self.temperature else {"do_sample": False}
-        return Ending(self.until, min(self.max_new_tokens, room), options)
+    def to_ending(self, limit: int) -> Ending:
+        """Return when an answer of at most `limit` tokens is done."""
+        # Left out, transformers draws from the 50 likeliest.
+        drawn = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
+        return Ending(self.until, limit, drawn if self.temperature else {"do_sample": False})
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What was written, and whether it was cut at the longest that was allowed."""
+
+    text: str
+    is_cut: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,12 +92,24 @@ class Form:
 def choose_form(subject: Subject, template: str | None, fields: Mapping[str, str]) -> Form:
     """Return the form of the questions: the named template, the one that the subject was trained with, or none."""
     chosen = resolve_template(template)[0] if template else subject.template
-    bound = chosen.bind(subject.tokenizer) if chosen is not None else None
-    if bound is None and fields:
-        raise ConfigError(f"{subject.name} was trained with no prompt template: give --template to use --field.")
-    return Form(bound, fields)
+    if chosen is None:
+        if fields:
+            raise ConfigError(
+                f"{subject.name} was trained with no prompt template, so there is no place for {', '.join(fields)}. "
+                "Name a template."
+            )
+        return Form(None)
+    named = chosen.list_fields() if isinstance(chosen, TextTemplate) else [QUESTION, *CONTEXT_FIELDS]
+    places = {*named, *(CONTEXT_FIELDS if set(CONTEXT_FIELDS) & set(named) else ())}
+    if unknown := [name for name in fields if name not in places]:
+        raise ConfigError(
+            f"the template {chosen.name!r} has no place for {unknown[0]!r}{suggest(unknown[0], named)}; its fields "
+            f"are: {', '.join(named)}."
+        )
+    return Form(chosen.bind(subject.tokenizer), fields)
 
 
+@explain_out_of_memory(ModelError, "while answering", TO_EVALUATE)
 def ask_model(
     subject: Subject,
     questions: ListLike[str],
@@ -94,29 +118,50 @@ def ask_model(
     *,
     token_budget: int = 8192,
     on_progress: OnProgress = lambda done, total: None,
-) -> list[str]:
+) -> list[Answer]:
     """Return what a model answers to each question; what their prompts share is computed once where it is greedy.
 
-    Raises DataError for a question that leaves no room for an answer.
+    Raises DataError for a question that is empty or leaves no room for an answer.
     """
     writing, num_done = writing or Writing(), 0
-    prompts = encode_prompts([form.fill(question) for question in questions], subject.tokenizer)
-    longest, room = max(map(len, prompts)), find_room(subject.model)
-    if room is not None and longest >= room:
-        raise DataError(
-            f"the longest prompt has {longest:,} tokens, and the model sees {room:,} at once. Shorten the question, or "
-            "the context beside it."
-        )
+    prompts = [tuple(ids) for ids in encode_prompts([form.fill(text) for text in questions], subject.tokenizer)]
+    limits = find_limits(prompts, find_room(subject.model), writing.max_new_tokens)
+    answers: dict[int, Answer] = {}
 
     def show(num_new: int) -> None:
         nonlocal num_done
         num_done += num_new
         on_progress(num_done, len(prompts))
 
-    ending = writing.to_ending(room - longest if room is not None else writing.max_new_tokens)
     with seeded(writing.seed) if writing.temperature else nullcontext():
-        written = continue_prompts(
-            subject.model, subject.layout, subject.tokenizer, [tuple(ids) for ids in prompts], ending,
-            token_budget=token_budget, on_progress=show,
-        )  # fmt: skip
-    return [read_text(ids, ending.until, subject.tokenizer) for ids in written.token_ids]
+        for limit in sorted(set(limits)):  # one, but where a prompt leaves little room
+            ending, places = writing.to_ending(limit), [place for place, own in enumerate(limits) if own == limit]
+            written = continue_prompts(
+                subject.model, subject.layout, subject.tokenizer, [prompts[place] for place in places], ending,
+                token_budget=token_budget, on_progress=show,
+            )  # fmt: skip
+            answers |= {
+                place: read_answer(ids, ending, subject) for place, ids in zip(places, written.token_ids, strict=True)
+            }
+    return [answers[place] for place in range(len(prompts))]
+
+
+def find_limits(prompts: ListLike[tuple[int, ...]], room: int | None, max_new_tokens: int) -> list[int]:
+    """Return how many tokens each answer may have. Raises DataError for a prompt that leaves room for none."""
+    for number, prompt in enumerate(prompts, 1):
+        if not prompt:
+            raise DataError(f"question {number} is empty. Ask something.")
+        if room is not None and len(prompt) >= room:
+            raise DataError(
+                f"question {number} makes a prompt of {len(prompt):,} tokens, and the model sees {room:,} at once. "
+                "Shorten the question, or the context beside it."
+            )
+    return [max_new_tokens if room is None else min(max_new_tokens, room - len(prompt)) for prompt in prompts]
+
+
+def read_answer(token_ids: ListLike[int], ending: Ending, subject: Subject) -> Answer:
+    """Return an answer as text, and whether it came to an end by itself."""
+    text = str(subject.tokenizer.decode(list(token_ids), skip_special_tokens=True))
+    ended = {*token_ids[-1:]} & list_end_tokens(unwrap(subject.model)) or any(end in text for end in ending.until)
+    is_cut = len(token_ids) >= ending.max_new_tokens and not ended
+    return Answer(read_text(token_ids, ending.until, subject.tokenizer), is_cut)

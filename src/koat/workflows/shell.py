@@ -9,13 +9,16 @@ import shlex
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from koat.core.config import Layer, Resolved, resolve
-from koat.core.errors import ConfigError
+from koat.core.errors import ConfigError, DataError
 from koat.core.settings import DataSettings, ModelSettings, TrainingSettings
 from koat.report.progress import ProgressLine, TrainingDisplay, format_seconds
 from koat.report.tables import format_bytes, make_table, print_table
+
+if TYPE_CHECKING:
+    from koat.workflows.ask import Answer
 
 
 def quiet_libraries() -> None:
@@ -50,13 +53,13 @@ def run_finetune(resolved: Resolved[Any], out: Path, *, resume: bool, overwrite:
         f"peak memory {format_bytes(result['peak_bytes'])}"
     )
     print(f"kept the adapter of step {result['kept_step']} in {run.adapter}")
-    print(f"next: koat eval {shlex.quote(str(out))} {suggest_task(manifest.get('templates', []))}")
+    print(f"next: koat eval {shlex.quote(str(out))} {suggest_task(manifest.get('examples', {}))}")
 
 
-def suggest_task(templates: list[dict[str, Any]]) -> str:
-    """Return the options of an evaluation that suits what was trained on: questions on a text, or choices."""
-    on_text = any("{context}" in str(template) for template in templates)
-    return "--task context-qa --data FILE" if on_text else "--task nsmc-prompt1 --data FILE --shots-from FILE"
+def suggest_task(examples: dict[str, Any]) -> str:
+    """Return the options of an evaluation that suits what was trained on: questions on texts, or choices."""
+    on_texts = examples.get("groups", 0) > 0
+    return "--task context-qa --data FILE" if on_texts else "--task nsmc-prompt1 --data FILE --shots-from FILE"
 
 
 def run_evaluation(
@@ -73,10 +76,11 @@ def run_evaluation(
     from koat.report.scores import print_scores
     from koat.workflows.evaluating.asking import Asking
     from koat.workflows.evaluating.evaluate import evaluate_exam
-    from koat.workflows.evaluating.exam import gather_exam
+    from koat.workflows.evaluating.exam import gather_exam, refuse_unused
     from koat.workflows.evaluating.subject import open_subject
 
-    exam = gather_exam(tasks, Asking(**options))  # before the model is loaded: a wrong name costs nothing
+    # Before the model is loaded: a wrong name costs nothing.
+    exam = refuse_unused(gather_exam(tasks, Asking(**options)))
     # A base that is not given stays empty here: the run or the adapter knows its own.
     settings = resolve(ModelSettings, [Layer("flag", {"base": "", **loading})]).settings if loading else None
     subject = open_subject(target, settings, out)
@@ -126,16 +130,22 @@ def run_questions(
     if given:
         print_answers(given, ask_model(subject, given, form, how, on_progress=show), as_json)
     while alone and (question := read_question()):
-        print_answers([question], ask_model(subject, [question], form, how), as_json)
+        try:
+            print_answers([question], ask_model(subject, [question], form, how), as_json)
+        except DataError as error:  # one question too long is no reason to load the model again
+            print(error, file=sys.stderr)
 
 
-def print_answers(questions: list[str], answers: list[str], as_json: bool) -> None:
-    """Print answers, each under its question where there are several."""
+def print_answers(questions: list[str], answers: list[Answer], as_json: bool) -> None:
+    """Print answers, each under its question where there are several, and say on stderr how many were cut."""
     for question, answer in zip(questions, answers, strict=True):
         if as_json:
-            print(json.dumps({"question": question, "answer": answer}, ensure_ascii=False), flush=True)
+            found = {"question": question, "answer": answer.text, "cut": answer.is_cut}
+            print(json.dumps(found, ensure_ascii=False), flush=True)
         else:
-            print(f"? {question}\n{answer}" if len(questions) > 1 else answer, flush=True)
+            print(f"? {question}\n{answer.text}" if len(questions) > 1 else answer.text, flush=True)
+    if num_cut := sum(answer.is_cut for answer in answers):
+        print(f"{num_cut} of {len(answers)} answers cut at the longest allowed (--max-new-tokens)", file=sys.stderr)
 
 
 def read_question() -> str:

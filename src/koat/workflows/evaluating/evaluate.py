@@ -14,7 +14,7 @@ from koat.core.errors import ModelError
 from koat.evaluation.contract import hash_value
 from koat.evaluation.result import TaskResult
 from koat.workflows.evaluating.asking import ASK, Asking
-from koat.workflows.evaluating.exam import Exam, Key, describe_groups, gather_exam
+from koat.workflows.evaluating.exam import Exam, Key, describe_groups, gather_exam, refuse_unused
 from koat.workflows.evaluating.subject import Subject, load_subject, open_subject
 from koat.workflows.measure import Cost
 from koat.workflows.out_of_memory import TO_EVALUATE, explain_out_of_memory
@@ -54,7 +54,7 @@ def evaluate_subject(
         data, shots, Path(data_dir) if data_dir else None, Path(include_path) if include_path else None,
         num_shots, limit, seed, chat_template, token_budget,
     )  # fmt: skip
-    return evaluate_exam(subject, gather_exam(tasks, asking), on_progress=on_progress)
+    return evaluate_exam(subject, refuse_unused(gather_exam(tasks, asking)), on_progress=on_progress)
 
 
 @explain_out_of_memory(ModelError, "in evaluation", TO_EVALUATE)

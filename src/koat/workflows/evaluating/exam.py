@@ -111,15 +111,15 @@ def gather_exam(names: Sequence[str], asking: Asking) -> Exam:
         exam.manager = open_manager(wanted, _find_sources(asking), list_tasks())
     for each in found:
         ADD[type(each)](exam, each)
-    refuse_unused(exam)
     return exam
 
 
-def refuse_unused(exam: Exam) -> None:
-    """Raise ConfigError for a file, folder or seed that none of the tasks reads."""
+def refuse_unused(exam: Exam) -> Exam:
+    """Return an exam. Raises ConfigError for a file, folder or seed that was given and that none of its tasks reads."""
     for name, (option, kinds, hint) in USED_BY.items():
         if getattr(exam.asking, name) is not None and not any(isinstance(task, kinds) for task in exam.tasks.values()):
             raise ConfigError(f"{option} says nothing to {', '.join(exam.names)}: {hint}. Leave it away.")
+    return exam
 
 
 def _list_harness_names(found: Any) -> list[str]:

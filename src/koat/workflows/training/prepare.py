@@ -166,7 +166,11 @@ def describe_run(
         "start": fingerprint_start(config.adapter),
         "seed": config.training.seed,
         "templates": [template.to_mapping() for template in examples.templates],
-        "examples": {"train": len(examples.train), "validation": len(examples.validation)},
+        "examples": {
+            "train": len(examples.train),
+            "validation": len(examples.validation),
+            "groups": len({sequence.group for sequence in examples.train if sequence.group}),
+        },
         "data": fingerprint_data(config.data.list_files()),
         "forest": verification.to_mapping(),
         "versions": describe_versions(),
