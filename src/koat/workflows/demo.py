@@ -25,6 +25,7 @@ What to type next, for your own model and data:
   koat data inspect my_data.jsonl --base my-model          what is in it, how long, what would overflow
   koat plan --base my-model --method ia3                    what a run takes, before it takes it
   koat finetune --base my-model --data my_data.jsonl --method ia3 --out runs/mine
+  koat ask runs/mine                                        what it answers, one question at a time
   koat eval runs/mine --task nsmc-prompt1 --data test.tsv --shots-from train.tsv
 """
 
