@@ -276,8 +276,8 @@ class _Refiner:
 def _group_by_context(records: list[Record]) -> list[Record]:
     """Let records that no format has grouped stand with those on the same `context`.
 
-    A context that a large part of a file has is no article but a category or an instruction: as a group it would be
-    trained on without being shuffled, and could not be divided between training and validation.
+    One that more rows have than `LARGEST_GROUP`, or the only one of a file, is no article but a category or an
+    instruction: as a group it would be trained on without being shuffled, and could not be divided.
     """
     contexts = [record.fields.get("context", "") for record in records]
     counts = Counter(context for context in contexts if context.strip())

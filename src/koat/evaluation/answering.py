@@ -6,7 +6,7 @@ import json
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -29,8 +29,8 @@ from koat.evaluation.room import find_room
 from koat.evaluation.scorer import Progress
 from koat.forest.score import Layout
 
-TABLE_COLUMNS = {"instruction": "question", "output": "answer"}
-"""What the columns of a table of questions are often called, beside `context`."""
+TABLE_FIELDS = {"question": "instruction", "answer": "output"}
+"""What the columns of a table of questions are often called, and the fields that they stand for."""
 log = logging.getLogger(__name__)
 
 
@@ -118,9 +118,9 @@ def read_questions(task: AnswerTask, path: str) -> list[Question]:
     Raises DataError for rows that lack one of these.
     """
     found = read_records(path, format=task.format, columns=task.columns)
-    if not task.columns and found.format == "table" and {"question", "answer"} <= found.records[0].fields.keys():
-        found = read_records(path, format=task.format, columns=TABLE_COLUMNS)
     records, has_several = found.records, found.format == "squad"
+    if not task.columns and found.format == "table" and TABLE_FIELDS.keys() <= records[0].fields.keys():
+        records = [rename_fields(record) for record in records]
     for record in records:
         check_question(record)
     ids = [record.fields.get("id", "") for record in records]
@@ -130,6 +130,11 @@ def read_questions(task: AnswerTask, path: str) -> list[Question]:
         tuple(json.loads(record.fields["answers"])) if has_several else (record.fields["output"],) for record in records
     ]
     return [Question(*parts) for parts in zip(ids, records, answers, strict=True)]
+
+
+def rename_fields(record: Record) -> Record:
+    """Return a row of a table of questions under the names that prompt templates know."""
+    return replace(record, fields={TABLE_FIELDS.get(name, name): text for name, text in record.fields.items()})
 
 
 def check_question(record: Record) -> None:

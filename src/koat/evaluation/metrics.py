@@ -70,7 +70,7 @@ def score_values(name: str, values: Sequence[float]) -> Score:
     """
     mean, num_items = float(np.mean(values)), len(values)
     few = num_items < FEW or min(values) == max(values)
-    if few and num_items == 1 and values[0] not in (0, 1):
+    if num_items == 1 and mean not in (0, 1):
         low, high = min(0.0, mean), max(1.0, mean)
     elif all(value in (0, 1) for value in values) or (few and min(values) >= 0 and max(values) <= 1):
         low, high = wilson_interval(sum(values), num_items)

@@ -142,8 +142,6 @@ def bootstrap_mean(differences: np.ndarray, num_samples: int, seed: int) -> tupl
     many draws cannot say how rare that is, and it is the t test's, if that is lower, and never below what flipping
     signs could give. Source: Efron and Tibshirani (1993), An introduction to the bootstrap, sections 13.3 and 16.4.
     """
-    from scipy.stats import t
-
     value = float(differences.mean())
     means = draw_means(differences, num_samples, np.random.default_rng(seed))
     low, high = (float(bound) for bound in np.percentile(means, (2.5, 97.5)))
@@ -151,8 +149,8 @@ def bootstrap_mean(differences: np.ndarray, num_samples: int, seed: int) -> tupl
     num_beyond = int((np.abs(means - value) >= abs(value) - 1e-12).sum())
     p = (1 + num_beyond) / (1 + num_samples)
     if not num_beyond:
-        num_items, error = len(differences), float(differences.std(ddof=1)) / sqrt(len(differences))
-        by_t = float(2 * t.sf(abs(value) / error, num_items - 1)) if error else 0.0
+        num_items = len(differences)
+        _, _, by_t = judge_mean(value, num_items, [(float(differences.var(ddof=1)) / num_items, num_items - 1)])
         p = min(p, max(by_t, 2.0 ** (1 - num_items)))
     return low, high, p
 

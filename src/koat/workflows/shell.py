@@ -116,7 +116,8 @@ def run_questions(
     from koat.workflows.evaluating.subject import open_subject
 
     how = Writing(**writing)
-    resolve_template(template or "koat")  # before the model is loaded: a wrong name costs nothing
+    if template:
+        resolve_template(template)  # before the model is loaded: a wrong name costs nothing
     texts = {**fields, **({"context": read_text(context).strip()} if context else {})}
     alone = not questions and sys.stdin.isatty()
     given = questions or ([] if alone else [line for line in sys.stdin.read().splitlines() if line.strip()])

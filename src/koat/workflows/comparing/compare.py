@@ -34,6 +34,11 @@ class Cell:
     scores: list[Scored]
     seeds: list[int | None]
 
+    @property
+    def is_meaningful(self) -> bool:
+        """Whether its scores say something: a way of scoring that does not fit a tokenizer says nothing of a model."""
+        return all(score.meaningful for score in self.scores)
+
     def to_table(self, ids: Sequence[str]) -> np.ndarray:
         """Return the items' scores `[S, N]`, seeds by items."""
         return np.array([[values[name] for name in ids] for values in (score.values for score in self.scores)])
@@ -74,7 +79,12 @@ def compare_targets(
 def compare_subjects(subjects: Sequence[Subject]) -> dict[str, Any]:
     """Compare what may be compared, be it nothing, and return what `compare_targets` does."""
     columns = list(collect_columns(subjects))
-    pairs = [(column, *pair) for column in columns for pair in combinations(column.cells, 2) if can_tell(*pair)]
+    pairs = [
+        (column, left, right)
+        for column in columns
+        for left, right in combinations(column.cells, 2)
+        if left.is_meaningful and right.is_meaningful
+    ]
     differences = [measure_difference(left, right) for _, left, right in pairs]
     corrected = correct_holm([difference.p for difference in differences])
     comparisons = [
@@ -147,16 +157,11 @@ def _sort_scores(subject: Subject) -> dict[str, dict[str, list[Scored]]]:
     return found
 
 
-def can_tell(left: Cell, right: Cell) -> bool:
-    """Whether both scores mean something: a way of scoring that does not fit a tokenizer says nothing of its model."""
-    return all(score.meaningful for cell in (left, right) for score in cell.scores)
-
-
 def find_meaningless(columns: Sequence[Column]) -> Iterator[dict[str, Any]]:
     """Yield the pairs of which a score means nothing, and which is that."""
     for column in columns:
         for left, right in combinations(column.cells, 2):
-            void = [cell.subject for cell in (left, right) if not can_tell(cell, cell)]
+            void = [cell.subject for cell in (left, right) if not cell.is_meaningful]
             if void:
                 reasons = {"scoring": f"{', '.join(void)}: {MEANINGLESS}"}
                 yield _refuse(left.subject, left.scores[0], right.subject, right.scores[0], reasons)
@@ -274,7 +279,7 @@ def describe_cell(cell: Cell) -> dict[str, Any]:
     row: dict[str, Any] = {
         "subject": cell.subject, "value": first.value, "low": first.low, "high": first.high,
         "num_items": first.num_items, "seeds": cell.seeds, "values": [score.value for score in cell.scores],
-        "meaningful": all(score.meaningful for score in cell.scores),
+        "meaningful": cell.is_meaningful,
         "conditions": first.conditions.to_mapping(), "by_item": bool(first.predictions),
         "mixed_conditions": explain_conditions(cell.scores, cell.scores),
     }  # fmt: skip
