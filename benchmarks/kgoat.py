@@ -45,7 +45,7 @@ def share_weights(base: Any) -> Any:
 def list_sides() -> dict[str, Callable[[Any], Any]]:
     """Return how each side puts its adapter on a base model: those of `benchmarks.ia3`, and koat's LoRA."""
     sides = make_sides()
-    return {name: sides[name] for name in ("floor", OURS, PEER, LORA)} | {OUR_LORA: attach_lora}
+    return {name: sides[name] for name in ("floor", "lean base", OURS, PEER, LORA)} | {OUR_LORA: attach_lora}
 
 
 def attach_lora(base: Any) -> Any:

@@ -11,7 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from koat.adapters import fused_kernels
+from koat.adapters import frozen_kernels, fused_kernels
 from koat.forest import tree_kernels
 
 NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
@@ -28,10 +28,10 @@ def describe(kernel: Any, dtype: torch.dtype, constants: dict[str, Any]) -> ASTS
             signature[name], fixed[name] = "constexpr", constants[name]
         elif name in SCALARS:
             signature[name] = "fp32"
-        elif name.startswith("num_") or name in {"group", "most", "window", "width"}:
+        elif name.startswith("num_") or name in {"group", "length", "most", "window", "width"}:
             signature[name] = "i32"
         else:
-            strides = name.endswith(("_row", "_head", "_token"))
+            strides = name.endswith(("_row", "_head", "_token", "_stride"))
             kind = "fp32" if name in FLOATS else INTEGERS.get(name, NAMES[dtype])
             signature[name] = "i32" if strides else f"*{kind}"
             attributes[(number,)] = [["tt.divisibility", 16]]
@@ -53,13 +53,24 @@ def list_sources() -> Iterator[tuple[str, ASTSource, dict[str, int]]]:
             yield f"{kernel.__name__} {kind}", describe(kernel, torch.bfloat16, constants), {}
     constants = {"HELD": True, "DIVIDES": True, **cut}
     yield "add_up_kernel", describe(fused_kernels.add_up_kernel, torch.float32, constants), {}
-    for width in (2048, 8192):
-        constants, options = {"WIDTH": width, "PADDED": width}, {"num_warps": fused_kernels.count_warps(width)}
-        yield f"norm_kernel {width}", describe(fused_kernels.norm_kernel, torch.bfloat16, constants), options
+    yield from list_frozen()
     for dtype in NAMES:
         for width in (64, 128, 256):
             yield from list_attention(dtype, width, windowed=width == 64)
     yield from list_attention(torch.bfloat16, 80, windowed=True)
+
+
+def list_frozen() -> Iterator[tuple[str, ASTSource, dict[str, int]]]:
+    """Yield the kernels of norms, of heads and of whole rows, and of rotations, of whole heads and of parts."""
+    for width in (128, 2048, 8192):
+        rows = max(1, frozen_kernels.NUMBERS // width)
+        constants = {"WIDTH": width, "PADDED": width, "ROWS": rows}
+        options = {"num_warps": frozen_kernels.count_warps(width * rows)}
+        yield f"norm_kernel {width}", describe(frozen_kernels.norm_kernel, torch.bfloat16, constants), options
+    for half, rest in ((64, 1), (16, 128)):
+        constants = {"WIDTH": 128, "HALF": half, "PADDED": half, "REST": rest, "TOKENS": frozen_kernels.TOKENS}
+        constants |= {"BACK": True}
+        yield f"turn_kernel {half}", describe(frozen_kernels.turn_kernel, torch.bfloat16, constants), {}
 
 
 def list_attention(dtype: torch.dtype, width: int, windowed: bool) -> Iterator[tuple[str, ASTSource, dict[str, int]]]:

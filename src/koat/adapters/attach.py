@@ -30,6 +30,7 @@ from koat.adapters.lora import refine_lora_layers
 from koat.adapters.methods import find_method
 from koat.adapters.norms import refine_norms
 from koat.adapters.reach import extend_reach, find_places, list_kinds, list_places
+from koat.adapters.rotary import refine_rotary
 from koat.adapters.soft_prompts import finished, read_soft_state, write_soft_state
 from koat.adapters.targets import check_targets, list_linears
 from koat.core.config import Section
@@ -75,6 +76,7 @@ def refine_layers(wrapped: nn.Module, holds: bool) -> None:
     refine_feed_forwards(base)
     refine_lora_layers(base)
     refine_norms(base)
+    refine_rotary(base)
 
 
 def count_trainable(model: nn.Module) -> int:

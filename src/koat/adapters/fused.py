@@ -1,4 +1,7 @@
-"""Where a GPU's own kernels for IA3 and RMS norms (`koat.adapters.fused_kernels`) serve; elsewhere PyTorch's do."""
+"""Where a GPU's own kernels serve, for IA3 (`fused_kernels`) and for what is frozen around it (`frozen_kernels`).
+
+Elsewhere PyTorch's do.
+"""
 
 from __future__ import annotations
 
@@ -22,44 +25,70 @@ log = logging.getLogger(__name__)
 
 
 def find_fused(activation: Tensor) -> ModuleType | None:
-    """Return the kernels if they serve: on a GPU, for a usual type, with a Triton that compiles them rightly."""
+    """Return IA3's kernels if they serve: on a GPU, for a usual type, with a Triton that compiles them rightly."""
+    return _find_kernels(activation)[0]
+
+
+def find_frozen(activation: Tensor) -> ModuleType | None:
+    """Return the kernels of what is frozen, where IA3's serve."""
+    return _find_kernels(activation)[1]
+
+
+def _find_kernels(activation: Tensor) -> tuple[ModuleType, ModuleType] | tuple[None, None]:
     serves = activation.device.type == "cuda" and activation.dtype in TYPES
-    return _load_kernels(activation.device, activation.dtype) if serves else None
+    return _load_kernels(activation.device, activation.dtype) if serves else (None, None)
 
 
 @functools.cache
-def _load_kernels(device: torch.device, dtype: torch.dtype) -> ModuleType | None:
+def _load_kernels(device: torch.device, dtype: torch.dtype) -> tuple[ModuleType, ModuleType] | tuple[None, None]:
     try:
-        from koat.adapters import fused_kernels
+        from koat.adapters import frozen_kernels, fused_kernels
 
-        difference = measure_kernels(fused_kernels, device, dtype)
+        difference = measure_kernels(fused_kernels, frozen_kernels, device, dtype)
     except Exception as error:  # no Triton, or no C compiler for it
         if is_out_of_memory(error):
             raise
-        log.warning("IA3 and norms run on PyTorch's kernels, which take longer: %s: %s", type(error).__name__, error)
-        return None
+        log.warning("Adapters run on PyTorch's kernels, which take longer: %s: %s", type(error).__name__, error)
+        return None, None
     if not difference <= TOLERANCE:
-        log.warning("IA3 and norms run on PyTorch's kernels: those compiled here are off by %.2g.", difference)
-        return None
-    return fused_kernels
+        log.warning("Adapters run on PyTorch's kernels: those compiled here are off by %.2g.", difference)
+        return None, None
+    return fused_kernels, frozen_kernels
 
 
 @torch.no_grad()
-def measure_kernels(kernels: Any, device: torch.device, dtype: torch.dtype) -> float:
-    """Return the largest relative difference of a gated product, its gradients and a norm's from their formulas."""
+def measure_kernels(fused: Any, frozen: Any, device: torch.device, dtype: torch.dtype) -> float:
+    """Return the largest relative difference of what the kernels compute from the formulas.
+
+    It may be asked for in the middle of a layer whose activations are checkpointed: what is kept here is none of them.
+    """
     generator = torch.Generator().manual_seed(0)
-    drawn = (torch.randn(70, 300, generator=generator).to(device, dtype) for _ in range(3))
-    gate, up, gradient = drawn
+    gate, up, gradient = (torch.randn(70, 300, generator=generator).to(device, dtype) for _ in range(3))
     vector = 1 + 0.3 * torch.randn(300, generator=generator).to(device)
-    found = [
-        kernels.rescale(gate, vector, "silu", up),
-        *kernels.pull_back(gradient, gate, vector, "silu", up),
-        kernels.pull_back_norm(gradient, gate, vector, 0.0, 1e-6),
-    ]
-    with torch.enable_grad():
-        leaves = [tensor.detach().float().requires_grad_() for tensor in (gate, up, vector)]
-        product = F.silu(leaves[0]) * leaves[1] * leaves[2]
-        normed = leaves[0] * (leaves[0].square().mean(-1, keepdim=True) + 1e-6).rsqrt() * vector
-        wanted = [product, *torch.autograd.grad(product, leaves, gradient.float())]
-        wanted += torch.autograd.grad(normed, leaves[:1], gradient.float())
+    heads, cos, sin = (tensor.view(2, 35, 3, 100).transpose(1, 2) for tensor in (gate, up, gradient))
+    cos, sin = cos[:, 0, :, :64], sin[:, 0, :, :64]
+    with torch.autograd.graph.saved_tensors_hooks(lambda kept: kept, lambda kept: kept):
+        found = [
+            fused.rescale(gate, vector, "silu", up),
+            *fused.pull_back(gradient, gate, vector, "silu", up),
+            frozen.pull_back_norm(gradient, gate, vector, 0.0, 1e-6),
+            frozen.turn(heads, cos, sin),
+            frozen.turn(heads, cos, sin, back=True),
+        ]
+        with torch.enable_grad():
+            leaves = [tensor.detach().float().requires_grad_() for tensor in (gate, up, vector, heads)]
+            product = F.silu(leaves[0]) * leaves[1] * leaves[2]
+            normed = leaves[0] * (leaves[0].square().mean(-1, keepdim=True) + 1e-6).rsqrt() * vector
+            turned = _turn_by_formula(leaves[3], cos.float(), sin.float())
+            wanted = [product, *torch.autograd.grad(product, leaves[:3], gradient.float())]
+            wanted += torch.autograd.grad(normed, leaves[:1], gradient.float())
+            wanted += [turned, *torch.autograd.grad(turned, leaves[3:], heads.float())]
     return find_largest(float((a.float() - b).norm() / b.norm()) for a, b in zip(found, wanted, strict=True))
+
+
+def _turn_by_formula(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Return heads `[B, H, T, d]` turned by `[B, T, n]`, as transformers writes it."""
+    turned, rest = heads[..., : cos.shape[-1]], heads[..., cos.shape[-1] :]
+    first, second = turned.chunk(2, -1)
+    crossed = torch.cat((-second, first), -1)
+    return torch.cat((turned * cos[:, None] + crossed * sin[:, None], rest), -1)

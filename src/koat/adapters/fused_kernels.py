@@ -1,5 +1,4 @@
-"""IA3 on a GPU: an activation function, its vector and both gradients in one pass each, as Triton kernels; and the
-gradient of a frozen RMS norm.
+"""IA3 on a GPU: an activation function, its vector and both gradients in one pass each, as Triton kernels.
 
 A GPU spends its time between two products on reading and writing activations. PyTorch's own kernels would pass over an
 inner activation twice on the way out and five times on the way back. Here the vector rides along in the one pass each
@@ -143,24 +142,6 @@ def add_up_kernel(
     tl.store(out + column, found.to(out.dtype.element_ty), mask=column < width)
 
 
-@triton.jit
-def norm_kernel(x, gradient, weight, out, epsilon, offset, WIDTH: tl.constexpr, PADDED: tl.constexpr):
-    """Write the gradient of one row `x [d]` of an RMS norm: `(u - x (u . x) / l^2) / rms`, `u` the gradient times gain.
-
-    `l^2` is `d rms^2`, as in `koat.adapters.norms.pull_back`.
-    """
-    column = tl.arange(0, PADDED)
-    there = column < WIDTH
-    place = tl.program_id(0).to(tl.int64) * WIDTH + column
-    number = tl.load(x + place, mask=there, other=0.0).to(tl.float32)
-    above = tl.load(gradient + place, mask=there, other=0.0).to(tl.float32)
-    above *= tl.load(weight + column, mask=there, other=0.0).to(tl.float32) + offset
-    length = tl.sum(number * number, axis=0) + WIDTH * epsilon
-    inner = tl.sum(above * number, axis=0) / length
-    found = (above - number * inner) * tl.rsqrt(length / WIDTH)
-    tl.store(out + place, found.to(out.dtype.element_ty), mask=there)
-
-
 def rescale(
     gate: Tensor,
     vector: Tensor,
@@ -207,23 +188,6 @@ def pull_back(
         )  # fmt: skip
         add_up_kernel[grid[:1]](sums, vector, marks, for_vector, grid[1], width, *forms, PIECES, COLUMNS)
     return for_gate, for_up, for_vector
-
-
-def pull_back_norm(gradient: Tensor, x: Tensor, weight: Tensor, offset: float, epsilon: float) -> Tensor:
-    """Return the gradient of `x` `[..., d]` from that of an RMS norm with the gain `weight + offset` `[d]`."""
-    x, gradient = x.contiguous(), gradient.contiguous()
-    out, width = torch.empty_like(x), x.shape[-1]
-    padded = triton.next_power_of_2(width)
-    with torch.cuda.device_of(x):
-        norm_kernel[(x.numel() // width,)](
-            x, gradient, weight, out, epsilon, offset, width, padded, num_warps=count_warps(padded)
-        )
-    return out
-
-
-def count_warps(padded: int) -> int:
-    """Return the warps that share a row of `padded` numbers."""
-    return min(16, max(1, padded // 512))
 
 
 class RescaleActivated(torch.autograd.Function):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from koat.adapters.fused import find_fused
+from koat.adapters.fused import find_frozen
 from koat.adapters.refine import mix_in, take_out
 
 PIECE = 1 << 19
@@ -31,15 +31,15 @@ class NormRows(torch.autograd.Function):
     ) -> Tensor:
         """`x` is `[..., d]`, the gain `weight + offset` `[d]`."""
         ctx.save_for_backward(x, weight)
-        ctx.offset, ctx.epsilon, ctx.fused = offset, epsilon, find_fused(x)
-        return compute(x)
+        ctx.offset, ctx.epsilon, ctx.frozen = offset, epsilon, find_frozen(x)
+        return compute_in_pieces(compute, x)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradient of `x`."""
         x, weight = ctx.saved_tensors
-        if ctx.fused is not None:
-            return ctx.fused.pull_back_norm(gradients[0], x, weight, ctx.offset, ctx.epsilon), None, None, None, None
+        if ctx.frozen is not None:
+            return ctx.frozen.pull_back_norm(gradients[0], x, weight, ctx.offset, ctx.epsilon), None, None, None, None
         wide, width = torch.promote_types(x.dtype, torch.float32), len(weight)
         gain = (weight.to(wide) + ctx.offset) * width**0.5
         num_rows = count_rows(x)
@@ -51,6 +51,15 @@ class NormRows(torch.autograd.Function):
             for each, above, out in zip(*(tensor.split(num_rows) for tensor in (rows, upstream, result)), strict=True):
                 out.copy_(pull_back(each.to(wide), above.to(wide) * gain, ctx.epsilon))
         return result.view(x.shape), None, None, None, None
+
+
+def compute_in_pieces(compute: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Return a norm of `x` `[..., d]`, which takes each row for itself, a piece of the rows at a time."""
+    num_rows, rows = count_rows(x), x.reshape(-1, x.shape[-1])
+    if len(rows) <= num_rows:
+        return compute(x)
+    pieces = torch.split(rows, num_rows)
+    return torch.cat([compute(piece) for piece in pieces]).view(x.shape)
 
 
 def count_rows(x: Tensor) -> int:
