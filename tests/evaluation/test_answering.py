@@ -21,12 +21,15 @@ from koat.evaluation.answering import (
     evaluate_answers,
     make_answer_contract,
     name_template,
+    note_shared_texts,
     predict_answer,
     read_questions,
 )
 from koat.evaluation.answers import score_answer
 from koat.evaluation.catalogue import load_task
 from koat.evaluation.continuations import read_text
+from koat.evaluation.contract import hash_value
+from koat.evaluation.metrics import score_values
 from koat.forest.verify import verify_layout
 from tests.evaluation.conftest import VOCABULARY
 
@@ -173,6 +176,8 @@ def test_questions_stand_in_tables_and_rows_as_well(tmp_path: Path, questions: s
         assert len(contracts) == 1
         assert all(KOAT.render_prompt(each.record) for each in found)
         assert {predict_answer(each, "가")["text"]["title"] for each in found} == {""}
+    plain = TextTemplate("plain", ("{context}\n{question}",), " {answer}")
+    assert plain.render_prompt(read_questions(TASK, str(tmp_path / "rows.csv"))[0].record).endswith("\n영화는?")
     (tmp_path / "own.csv").write_text("context,instruction,output\n가 나,무엇?,가\n", encoding="utf-8")
     (found_one,) = read_questions(TASK, str(tmp_path / "own.csv"))
     assert (found_one.record.fields["instruction"], found_one.answers) == ("무엇?", ("가",))
@@ -181,6 +186,23 @@ def test_questions_stand_in_tables_and_rows_as_well(tmp_path: Path, questions: s
         read_questions(TASK, str(tmp_path / "holes.csv"))
     with pytest.raises(DataError, match="which is not there; the file has: context, question, answer"):
         read_questions(TASK.model_copy(update={"columns": {"output": "reply"}}), str(tmp_path / "rows.csv"))
+
+
+def test_questions_on_one_text_are_no_independent_draws(model: Any, tokenizer: Any, questions: str) -> None:
+    layout, _ = verify_layout(model)
+    result = evaluate_answers(model, layout, tokenizer, TASK, questions)
+    (note,) = result.notes
+    assert note.startswith("4 questions on 2 texts") and "each text as one draw" in note
+    asked = read_questions(TASK, questions)
+    assert note_shared_texts(asked[::2]) == []
+    assert "not for other texts" in note_shared_texts(asked[:2])[0]
+    assert [row["context"] for row in result.predictions] == [
+        hash_value(each.record.fields["context"]) for each in asked
+    ]
+    for name, score in result.scores.items():
+        assert (score.low, score.high) != (0.0, 0.0)
+        values, texts = ([row[part] for row in result.predictions] for part in ("correct", "context"))
+        assert score == score_values(name, [each[name] for each in values], texts)
 
 
 def test_the_task_that_ships_asks_korquad() -> None:

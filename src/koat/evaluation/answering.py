@@ -22,7 +22,7 @@ from koat.evaluation.answers import METRICS, score_answer
 from koat.evaluation.continuations import Continuations, Ending, continue_prompts, read_text
 from koat.evaluation.contract import Parts, describe_conditions, hash_value
 from koat.evaluation.harvest import sample_items
-from koat.evaluation.metrics import score_values
+from koat.evaluation.metrics import Score, score_values
 from koat.evaluation.protocol import KeptOut
 from koat.evaluation.result import TaskResult, note_kept_out
 from koat.evaluation.room import find_room
@@ -80,9 +80,20 @@ def evaluate_answers(
         notes.append(f"{task.items} items were asked for; {data_path} has {len(found)}, and all of them were taken.")
     for note in notes:
         log.warning("%s: %s", task.name, note)
+    notes += note_shared_texts(asked.questions)
     cut = f"{len(asked.kept_out)} items kept out" if asked.kept_out else "none"
     conditions = describe_conditions(model, layout, tokenizer, truncation=cut, template=name_template(template))
     return _summarise(task, asked, written, tokenizer, conditions, notes, seconds)
+
+
+def note_shared_texts(questions: Sequence[Question]) -> list[str]:
+    """Say what counts as a draw where several questions are on one text."""
+    num_texts = len({each.record.fields["context"] for each in questions})
+    if num_texts == len(questions):
+        return []
+    if num_texts == 1:
+        return ["All questions are on one text: intervals hold for other questions on it, and not for other texts."]
+    return [f"{len(questions):,} questions on {num_texts:,} texts: intervals and tests take each text as one draw."]
 
 
 def _summarise(
@@ -100,7 +111,7 @@ def _summarise(
         task=task.name,
         num_shots=0,
         shot_seed=None,
-        scores={name: score_values(name, [row["correct"][name] for row in predictions]) for name in METRICS},
+        scores=score_answers(predictions),
         predictions=predictions,
         contracts={name: make_answer_contract(task, asked.questions, name) for name in METRICS},
         conditions=conditions,
@@ -110,6 +121,12 @@ def _summarise(
         num_tokens=sum(map(len, asked.prompts)) + sum(map(len, written.token_ids)),
         num_unique_tokens=written.num_tokens,
     )
+
+
+def score_answers(predictions: Sequence[dict[str, Any]]) -> dict[str, Score]:
+    """Return each metric's mean over all questions; its interval takes the texts that they are on as what is drawn."""
+    texts = [row["context"] for row in predictions]
+    return {name: score_values(name, [row["correct"][name] for row in predictions], texts) for name in METRICS}
 
 
 def read_questions(task: AnswerTask, path: str) -> list[Question]:
@@ -133,8 +150,9 @@ def read_questions(task: AnswerTask, path: str) -> list[Question]:
 
 
 def rename_fields(record: Record) -> Record:
-    """Return a row of a table of questions under the names that prompt templates know."""
-    return replace(record, fields={TABLE_FIELDS.get(name, name): text for name, text in record.fields.items()})
+    """Return a row of a table of questions under the names that prompt templates know, and under its own."""
+    known = {new: record.fields[old] for old, new in TABLE_FIELDS.items()}
+    return replace(record, fields={**record.fields, **known})
 
 
 def check_question(record: Record) -> None:
@@ -196,11 +214,15 @@ def _write_answers(
 
 
 def predict_answer(question: Question, text: str) -> dict[str, Any]:
-    """Return the record of one prediction: article, question, right answers, what was written, scores."""
+    """Return the record of one prediction: article, question, right answers, what was written, scores.
+
+    `context` is the article's hash: questions on one are no draws of their own.
+    """
     fields = question.record.fields
     return {
         "id": question.id,
         "text": {"title": fields.get("title", ""), "question": fields["instruction"]},
+        "context": hash_value(fields["context"]),
         "gold": question.answers[0],
         "golds": list(question.answers),
         "predicted": dict.fromkeys(METRICS, text),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from math import sqrt
+from dataclasses import asdict, dataclass, replace
+from math import inf, sqrt
 from statistics import NormalDist
 from typing import Any
 
 import numpy as np
+
+from koat.evaluation.texts import has_shared_texts, join_by_text
 
 FEW = 30
 """So many items the bootstrap needs: drawn from fewer, its means spread too little."""
@@ -60,8 +62,11 @@ def score_accuracy(right: Sequence[bool], *, meaningful: bool = True) -> Score:
     return Score("accuracy", num_right / len(right), low, high, len(right), meaningful)
 
 
-def score_values(name: str, values: Sequence[float]) -> Score:
+def score_values(name: str, values: Sequence[float], texts: Sequence[str] | None = None) -> Score:
     """Return the mean of items' values with its 95 % interval: Wilson's where all are 0 or 1, else the bootstrap's.
+
+    Where `texts` names the text that each question is on, texts are what is drawn; the interval is never narrower
+    than that of as many questions on texts of their own.
 
     The bootstrap draws items (percentile interval); the same values give the same interval. From fewer than `FEW`,
     or from values that are all alike, its draws spread too little: then shares have Wilson's interval, which is
@@ -69,6 +74,11 @@ def score_values(name: str, values: Sequence[float]) -> Score:
     of the spread.
     """
     mean, num_items = float(np.mean(values)), len(values)
+    if has_shared_texts(texts):
+        joined, least = join_by_text(values, texts).tolist(), score_values(name, values)
+        low, high = t_interval(joined) if len(joined) < FEW or min(joined) == max(joined) else bootstrap_mean(joined)
+        bounds = (0.0, 1.0) if min(values) >= 0 and max(values) <= 1 else (-inf, inf)
+        return replace(least, low=min(least.low, max(bounds[0], low)), high=max(least.high, min(bounds[1], high)))
     few = num_items < FEW or min(values) == max(values)
     if num_items == 1 and mean not in (0, 1):
         low, high = min(0.0, mean), max(1.0, mean)

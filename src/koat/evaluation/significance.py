@@ -24,6 +24,7 @@ from koat.evaluation.power import (
     noise_of_pairs,
 )
 from koat.evaluation.spread import add_errors, count_freedom, split_variance
+from koat.evaluation.texts import has_shared_texts, join_by_text
 
 NUM_SAMPLES = 10_000
 BLOCK = 2_000_000
@@ -37,7 +38,7 @@ class Difference:
     `noise` is what one item brings (`most_noise`: the other way round, where that brings more), `num_pairs` the
     pairs of items that power counts with. `only_left` and
     `only_right` count the items that one of two alone answered right (None where an answer is more than right or
-    wrong, or items are not known).
+    wrong, where there are several seeds, or where items are not known).
     """
 
     value: float
@@ -81,7 +82,7 @@ def compare_answers(left: ArrayLike, right: ArrayLike) -> Difference:
 
     a, b = np.asarray(left, dtype=bool), np.asarray(right, dtype=bool)
     _check_pairs(len(a), len(b))
-    both, only_left, only_right = int((a & b).sum()), int((a & ~b).sum()), int((b & ~a).sum())
+    both, only_left, only_right = int((a & b).sum()), *count_discordant(a, b)
     discordant = only_left + only_right
     p = float(binomtest(only_left, discordant).pvalue) if discordant else 1.0
     low, high = newcombe_paired(both, only_left, only_right, len(a))
@@ -90,6 +91,12 @@ def compare_answers(left: ArrayLike, right: ArrayLike) -> Difference:
         (only_right - only_left) / len(a), low, high, p, "exact McNemar", True, len(a), len(a), noise,
         None, only_left, only_right,
     )  # fmt: skip
+
+
+def count_discordant(left: np.ndarray, right: np.ndarray) -> tuple[int, int]:
+    """Return how many items the left side alone answered right, and how many the right side alone."""
+    a, b = left.astype(bool), right.astype(bool)
+    return int((a & ~b).sum()), int((b & ~a).sum())
 
 
 def newcombe_paired(both: int, only_left: int, only_right: int, num_items: int) -> tuple[float, float]:
@@ -114,25 +121,37 @@ def _square_and_add(left: tuple[float, int], right: tuple[float, int], phi: floa
     return max(-1.0, value - below), min(1.0, value + above)
 
 
-def compare_values(left: ArrayLike, right: ArrayLike, *, num_samples: int = NUM_SAMPLES, seed: int = 0) -> Difference:
+def compare_values(
+    left: ArrayLike,
+    right: ArrayLike,
+    texts: Sequence[str] | None = None,
+    *,
+    num_samples: int = NUM_SAMPLES,
+    seed: int = 0,
+) -> Difference:
     """Compare two means of values `[N]` on the same items: paired bootstrap, with few items the paired t test.
 
-    The same values and seed give the same numbers. One item alone says nothing: its interval holds all that can be.
+    Where `texts` names the text that each question is on, texts are what is drawn. The same values and seed give the
+    same numbers. One item alone says nothing: its interval holds all that can be.
     """
     ours, theirs = np.asarray(left, dtype=float), np.asarray(right, dtype=float)
     _check_pairs(len(ours), len(theirs))
-    differences = theirs - ours
-    value, num_items = float(differences.mean()), len(differences)
-    test = "paired t test" if num_items < FEW else "paired bootstrap"
+    differences, num_items = join_by_text(theirs - ours, texts), len(ours)
+    value, num_drawn = float(differences.mean()), len(differences)
+    test = "paired t test" if num_drawn < FEW else "paired bootstrap"
     if num_items < 2:
         return _say_nothing(value, test)
     deviation = float(differences.std(ddof=1))
-    if num_items < FEW:
-        low, high, p = judge_mean(value, num_items, [(deviation**2 / num_items, num_items - 1)])
-        deviation = max(deviation, sqrt(num_items) * find_least_error(value, num_items, num_items - 1))
+    if num_drawn < FEW:
+        low, high, p = judge_mean(value, num_drawn, [(deviation**2 / num_drawn, num_drawn - 1)])
+        deviation = max(deviation, sqrt(num_drawn) * find_least_error(value, num_drawn, num_drawn - 1))
     else:
         low, high, p = bootstrap_mean(differences, num_samples, seed)
-    return Difference(value, low, high, p, test, True, num_items, num_items, noise_of_means(deviation))
+    noise = noise_of_means(deviation * sqrt(num_items / num_drawn))  # as if each question brought its share
+    is_binary = all(np.isin(side, (0, 1)).all() for side in (ours, theirs))
+    discordant = count_discordant(ours, theirs) if is_binary else (None, None)
+    test += " over texts" if has_shared_texts(texts) else ""
+    return Difference(value, low, high, p, test, True, num_items, num_items, noise, None, *discordant)
 
 
 def bootstrap_mean(differences: np.ndarray, num_samples: int, seed: int) -> tuple[float, float, float]:
@@ -165,18 +184,25 @@ def draw_means(values: np.ndarray, num_samples: int, generator: np.random.Genera
     return np.concatenate(blocks)
 
 
-def compare_seeds(left: np.ndarray, right: np.ndarray, trained: tuple[bool, bool] = (True, True)) -> Difference:
+def compare_seeds(
+    left: np.ndarray,
+    right: np.ndarray,
+    trained: tuple[bool, bool] = (True, True),
+    texts: Sequence[str] | None = None,
+) -> Difference:
     """Compare two methods `[S, N]` (seeds, which may differ in number, and the same items, at least 2): t test.
 
     The error adds what items do to the mean difference per item and what seeds do to each method, with
     Satterthwaite's degrees of freedom. A method that was `trained` with one seed is taken to spread as the other
-    does; where both have one, nothing is known of it, and the difference is one of two runs. One item alone says
-    nothing: its interval holds all that can be.
+    does; where both have one, nothing is known of it, and the difference is one of two runs. `texts` as in
+    `compare_values`. One item alone says nothing: its interval holds all that can be.
     """
     _check_pairs(left.shape[1], right.shape[1])
+    num_items = left.shape[1]
+    left, right = join_by_text(left, texts), join_by_text(right, texts)
     differences = right.mean(0) - left.mean(0)
-    value, num_items = float(differences.mean()), len(differences)
-    test = "t test over seeds and items"
+    value, num_drawn = float(differences.mean()), len(differences)
+    test = "t test over seeds and texts" if has_shared_texts(texts) else "t test over seeds and items"
     if num_items < 2:
         return _say_nothing(value, test)
     items = float(differences.var(ddof=1))
@@ -185,12 +211,12 @@ def compare_seeds(left: np.ndarray, right: np.ndarray, trained: tuple[bool, bool
     # What chance does to a seed on an item is in the variance over items and in that over seeds: counted once.
     parts = [(split_variance(side), weight) for side, weight in several]
     twice = sum(part.rest * weight for part, weight in parts)
-    terms = [(max(0.0, items - twice) / num_items, num_items - 1)]
+    terms = [(max(0.0, items - twice) / num_drawn, num_drawn - 1)]
     terms += [(float(side.mean(1).var(ddof=1)) * weight, len(side) - 1) for side, weight in several]
-    low, high, p = judge_mean(value, num_items, terms)
-    deviation = max(sqrt(items), sqrt(num_items) * find_least_error(value, num_items, num_items - 1))
+    low, high, p = judge_mean(value, num_drawn, terms)
+    deviation = max(sqrt(items), sqrt(num_drawn) * find_least_error(value, num_drawn, num_drawn - 1))
     noise = noise_of_means(
-        deviation,
+        deviation * sqrt(num_items / num_drawn),
         tuple((part.seed * weight, len(side) - 1) for (part, weight), (side, _) in zip(parts, several, strict=True)),
     )
     return Difference(value, low, high, p, test, True, num_items, num_items, noise)

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from koat.evaluation.texts import join_by_text
+
 LARGEST = 0.5
 """No standard deviation of shares is larger: half of them 0, the others 1."""
 
@@ -63,17 +65,21 @@ def split_variance(values: np.ndarray) -> Components:
     return Components(max(0.0, by_seed - by_rest) / num_items, max(0.0, by_item - by_rest) / num_seeds, by_rest)
 
 
-def measure_spread(values: ArrayLike, confidence: float = 0.95) -> Spread:
-    """Return the mean of scores `[S, N]` (at least 2 seeds, the same items in the same order) and its spreads."""
+def measure_spread(values: ArrayLike, texts: Sequence[str] | None = None, confidence: float = 0.95) -> Spread:
+    """Return the mean of scores `[S, N]` (at least 2 seeds, the same items in the same order) and its spreads.
+
+    Where `texts` names the text that each question is on, texts are what is drawn.
+    """
     table = np.asarray(values, dtype=float)
     num_seeds, num_items = table.shape
     observed, mean = float(table.mean(1).std(ddof=1)), float(table.mean())
     if num_items < 2:
         return Spread(mean, 0.0, 1.0, observed, observed, LARGEST, LARGEST, num_seeds, num_items)
-    parts = split_variance(table)
+    drawn = join_by_text(table, texts)
+    parts, num_drawn = split_variance(drawn), drawn.shape[1]
     # Seeds that by luck lie closer than chance on the items would put them are no proof of precision.
-    of_seeds = max(observed**2, parts.rest / num_items) / num_seeds
-    terms = [(of_seeds, num_seeds - 1), (parts.item / num_items, num_items - 1)]
+    of_seeds = max(observed**2, parts.rest / num_drawn) / num_seeds
+    terms = [(of_seeds, num_seeds - 1), (parts.item / num_drawn, num_drawn - 1)]
     error, reach = add_errors(terms, confidence)
     return Spread(
         mean=mean,
@@ -81,7 +87,7 @@ def measure_spread(values: ArrayLike, confidence: float = 0.95) -> Spread:
         high=min(1.0, mean + reach),
         observed=observed,
         over_seeds=sqrt(parts.seed),
-        over_items=sqrt((parts.item + parts.rest) / num_items),
+        over_items=sqrt((parts.item + parts.rest) / num_drawn),
         error=error,
         num_seeds=num_seeds,
         num_items=num_items,

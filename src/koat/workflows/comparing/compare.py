@@ -22,6 +22,7 @@ from koat.evaluation.significance import (
     correct_holm,
 )
 from koat.evaluation.spread import measure_spread
+from koat.evaluation.texts import has_shared_texts
 from koat.workflows.comparing.groups import set_groups_side_by_side
 from koat.workflows.comparing.scored import Scored, Source, Subject, collect_sources, group_subjects
 
@@ -216,13 +217,16 @@ def measure_difference(left: Cell, right: Cell) -> Difference:
         return compare_counts(first.num_right, first.num_items, second.num_right, second.num_items)
     ids = sorted(set.intersection(*(set(score.predictions) for score in (*left.scores, *right.scores))))
     if not ids:
-        raise DataError(f"{left.subject} and {right.subject} have no items of {first.task} in common.")
-    ours, theirs = left.to_table(ids), right.to_table(ids)
+        raise DataError(
+            f"{left.subject} and {right.subject} have no items of {first.task} in common. Ask both of the same file: "
+            "`koat eval` with the same --data and --limit."
+        )
+    ours, theirs, texts = left.to_table(ids), right.to_table(ids), first.list_texts(ids)
     if len(ours) > 1 or len(theirs) > 1:
-        return compare_seeds(ours, theirs, (left.seeds[0] is not None, right.seeds[0] is not None))
-    if np.isin(ours, (0, 1)).all() and np.isin(theirs, (0, 1)).all():
+        return compare_seeds(ours, theirs, (left.seeds[0] is not None, right.seeds[0] is not None), texts)
+    if not has_shared_texts(texts) and np.isin(ours, (0, 1)).all() and np.isin(theirs, (0, 1)).all():
         return compare_answers(ours[0] == 1, theirs[0] == 1)
-    return compare_values(ours[0], theirs[0])
+    return compare_values(ours[0], theirs[0], texts)
 
 
 def describe_comparison(
@@ -284,6 +288,7 @@ def describe_cell(cell: Cell) -> dict[str, Any]:
         "mixed_conditions": explain_conditions(cell.scores, cell.scores),
     }  # fmt: skip
     if len(cell.scores) > 1:
-        spread = measure_spread(cell.to_table(sorted(first.predictions)))
+        ids = sorted(first.predictions)
+        spread = measure_spread(cell.to_table(ids), first.list_texts(ids))
         row |= {"value": spread.mean, "low": spread.low, "high": spread.high, "spread": spread.to_mapping()}
     return row | describe_choices(list(first.predictions.values()), first.scoring, first.contract.parts)

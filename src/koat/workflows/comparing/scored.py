@@ -50,6 +50,11 @@ class Scored:
         """Each item's own score by its id."""
         return {name: float(row["correct"][self.scoring]) for name, row in self.predictions.items()}
 
+    def list_texts(self, ids: Sequence[str]) -> list[str] | None:
+        """Return the text that each of some items is on, by its hash; None where that was not kept."""
+        texts = [self.predictions[name].get("context") for name in ids]
+        return None if None in texts else list(map(str, texts))
+
 
 @dataclass(frozen=True, slots=True)
 class Source:
