@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from koat.core.errors import ModelError
 from koat.core.settings import ModelSettings
@@ -27,6 +28,7 @@ from tests.hub_cache import NAME, cache_base
 
 WEIGHTS = "model.safetensors"
 IDS = torch.arange(3, 20)[None]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture
@@ -279,6 +281,41 @@ def test_a_device_that_koat_does_not_run_on(device) -> None:
 def test_cuda_without_a_gpu(base, device) -> None:
     with pytest.raises(ModelError, match=r"no CUDA GPU here. Use cpu or auto"):
         load_model(ModelSettings(base=str(base), device=device))
+
+
+@pytest.mark.parametrize("quantisation", ["none", "nf4"])
+@pytest.mark.parametrize(("device", "number"), [("auto", 1), ("cuda", 1), ("cuda:2", 2), ("cpu", None)])
+def test_weights_are_read_onto_the_gpu_that_works_here(base, monkeypatch, device, number, quantisation) -> None:
+    """Never through the host's memory whole, and under torchrun each process onto its own."""
+    if quantisation != "none":
+        pytest.importorskip("bitsandbytes", reason="the extra `quant` is not installed")
+    given, load = {}, AutoModelForCausalLM.from_pretrained
+
+    def note(where, **options):
+        given.update(options)
+        return load(where, config=options["config"], output_loading_info=True)
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", note)
+    for name, value in [("is_available", True), ("device_count", 4), ("current_device", 1)]:
+        monkeypatch.setattr(f"torch.cuda.{name}", lambda value=value: value)
+    load_model(ModelSettings(base=str(base), device=device, quantisation=quantisation))
+    if number is not None:
+        assert given["device_map"] == {"": torch.device("cuda", number)}
+    elif quantisation == "none":
+        assert "device_map" not in given
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_model_that_is_read_onto_its_device_is_like_any_other(make_model, tmp_path, monkeypatch, family) -> None:
+    """No hooks of accelerate, weights that are one stay one, and it may be moved."""
+    make_model(family).save_pretrained(str(tmp_path))
+    monkeypatch.setattr("koat.model.make_loading_options", lambda *_: {"device_map": {"": torch.device(DEVICE)}})
+    model, plain = load_model(settle(tmp_path)), make_model(family)
+    assert not any(hasattr(module, "_hf_hook") for module in model.modules())
+    assert len({id(weight) for weight in model.parameters()}) == len({id(weight) for weight in plain.parameters()})
+    assert {tensor.device.type for tensor in (*model.parameters(), *model.buffers())} == {DEVICE}
+    model.to("meta")
+    assert {tensor.device.type for tensor in (*model.parameters(), *model.buffers())} == {"meta"}
 
 
 def test_automatic_choices() -> None:

@@ -31,7 +31,10 @@ def locate_base(base: str) -> str:
     path = _expand(base)
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise ModelError(f"{path} holds no config.json, so it is not a model folder.")
+            raise ModelError(
+                f"{path} holds no config.json, so it is not a model folder. Give the folder that has it (in a clone or "
+                "download of a Hub repository, often one further down), or the model's Hub id."
+            )
         return str(path)
     if path.is_file():
         raise ModelError(f"{path} is a file. Give the model folder that it lies in.")
@@ -143,7 +146,7 @@ def load_model(settings: ModelSettings) -> Any:
     config = load_config(settings)
     attention = pick_attention(settings.attention, config)
     dtype = pick_dtype(settings.dtype, device, settings.quantisation)
-    quantised = make_loading_options(settings.quantisation, dtype, device, lambda: build_empty(config))
+    options = make_loading_options(settings.quantisation, dtype, device, lambda: build_empty(config))
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             where,
@@ -154,17 +157,14 @@ def load_model(settings: ModelSettings) -> Any:
             use_safetensors=True,
             trust_remote_code=settings.trust_remote_code,
             output_loading_info=True,
-            **quantised,
+            **options,
         )
     except Exception as error:  # safetensors, bitsandbytes and the family's own code, each with errors of its own
         raise _refuse(settings, "weights", error) from error
     model, report = loaded
     _check_complete(settings, report["missing_keys"])
     settle_kernels(model.requires_grad_(False).eval())
-    try:
-        return model if quantised else model.to(device)
-    except torch.OutOfMemoryError as error:
-        raise _refuse(settings, "weights", error) from error
+    return model
 
 
 def _check_complete(settings: ModelSettings, missing: Collection[str]) -> None:

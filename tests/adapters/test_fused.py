@@ -132,6 +132,27 @@ def test_numbers_far_from_zero_stay_finite(kernels) -> None:
         assert for_gate[0, 0] == 0 and for_gate[0, 4] == 1, kind
 
 
+@pytest.mark.parametrize(("least", "most"), [(-30.0, 30.0), (-3.0, 3.0), (-1.0, 0.0)])
+def test_gelu_and_its_slope_are_exact_but_for_rounding(kernels, least, most) -> None:
+    gate = torch.linspace(least, most, 64 * 256, device=DEVICE).view(64, 256)
+    ones = torch.ones(256, device=DEVICE)
+    value, (slope, _, _) = (
+        kernels.rescale(gate, ones, "gelu"),
+        kernels.pull_back(torch.ones_like(gate), gate, ones, "gelu"),
+    )
+    expected, (exact,) = differentiate(torch.nn.functional.gelu, [gate.double()], torch.ones_like(gate))
+    for found, wanted in ((value, expected), (slope, exact)):
+        assert measure_error(found, wanted) < 5e-7
+        assert float(((found.double() - wanted).abs() / wanted.abs().clamp(min=1)).max()) < 5e-7
+
+
+def test_gelu_keeps_its_tail(kernels) -> None:
+    """One and an error function near minus one leave no digit of it."""
+    gate = torch.linspace(-6, -4, 256, device=DEVICE)[None]
+    found = kernels.rescale(gate, torch.ones(256, device=DEVICE), "gelu").double()
+    torch.testing.assert_close(found, torch.nn.functional.gelu(gate.double()), rtol=0.01, atol=0)
+
+
 @pytest.mark.parametrize("form", ["keeps input", "keeps output", "held"])
 def test_rescaling_takes_the_kernels(served, form) -> None:
     held = torch.arange(40, device=DEVICE) % 3 == 0 if form == "held" else None

@@ -7,11 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from peft import PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
 from koat.core.sequence import supervise_from
 from koat.forest.grow import grow_forest
 from koat.forest.probe import single_logprobs
+from koat.forest.twin import make_twin
 from koat.forest.verify import verify_layout
 from koat.forest.verify_growth import verify_growth
 
@@ -72,6 +73,23 @@ def test_each_prompt_ends_at_its_own_token(make_model) -> None:
     assert cut == [ids[:length] for ids, length in zip(whole, lengths, strict=True)]
 
 
+def test_prompts_that_do_not_grow_together_keep_their_places(make_model) -> None:
+    """With 5 tokens a pass for 10 new ones, prompts grow two at a time: the rest wait, and each gets its own."""
+    model, prompts = make_model("llama"), draw_prompts(4)
+    layout, _ = verify_layout(model)
+    asked: list[tuple[int, ...]] = []
+
+    def is_done(places: list[int], written: torch.Tensor) -> torch.Tensor:
+        asked.append(tuple(places))
+        return go_on(places, written)
+
+    grown, _ = grow_forest(model, layout, prompts, NUM_NEW, is_done, token_budget=5)
+    assert [each.token_ids for each in grown] == [write_singly(model, prompt) for prompt in prompts]
+    together = list(dict.fromkeys(asked))
+    assert sorted(place for places in together for place in places) == list(range(len(prompts)))
+    assert len(together) >= 5 and max(map(len, together)) <= 2
+
+
 def test_what_prompts_share_goes_through_the_model_once(make_model) -> None:
     model, article = make_model("llama"), tuple(range(2, 42))
     prompts = [(*article, 50 + number, 60) for number in range(6)]
@@ -116,6 +134,30 @@ def test_growth_that_fails_is_said_with_what_is_done_instead(make_model, monkeyp
     assert "left-padded batches" in caplog.text and "TypeError: no caches here" in caplog.text
 
 
+def test_growth_is_judged_once_for_a_model_and_layout(make_model, monkeypatch) -> None:
+    """Of memory that ran out nothing is remembered."""
+    twins: list[object] = []
+
+    def count(*given, **more):
+        twins.append(given)
+        if len(twins) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return make_twin(*given, **more)
+
+    monkeypatch.setattr("koat.forest.verify_growth.make_twin", count)
+    model = make_model("llama")
+    layout, _ = verify_layout(model)
+    with pytest.raises(torch.OutOfMemoryError):
+        verify_growth(model, layout)
+    assert verify_growth(model, layout)
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+    assert verify_growth(model, replace(layout)) and verify_growth(adapted, layout)
+    assert len(twins) == 2
+    assert verify_growth(model, replace(layout, max_row_length=layout.max_row_length + 1))
+    assert verify_growth(make_model("llama"), layout)
+    assert len(twins) == 4
+
+
 @pytest.mark.parametrize("spoilt", [0, 1, 4])
 def test_growth_without_finite_numbers_is_not_exact(make_model, monkeypatch, spoilt: int) -> None:
     def spoil(*given, **more):
@@ -127,4 +169,4 @@ def test_growth_without_finite_numbers_is_not_exact(make_model, monkeypatch, spo
     layout, _ = verify_layout(model)
     assert verify_growth(model, layout)
     monkeypatch.setattr("koat.forest.verify_growth.grow_forest", spoil)
-    assert not verify_growth(model, layout)
+    assert not verify_growth(make_model("llama"), layout)

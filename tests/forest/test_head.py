@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
+from koat.forest import head as koats_head
 from koat.forest.head import compute_logits, gather_logprobs, head_logprobs, head_scores
+from koat.forest.pack import find_distinct
 
 FAMILIES = ["gpt_neox", "llama", "gpt2", "gemma2", "granite"]
 ROW_BYTES = 4 * 300
@@ -130,3 +133,47 @@ def test_nearly_sure_and_repeated_targets_keep_their_gradient_in_bfloat16(margin
     gather_logprobs(ours, row, target).sum().backward()
     torch.log_softmax(plain, -1)[row, target].sum().backward()
     torch.testing.assert_close(ours.grad.float(), plain.grad, rtol=2**-8, atol=0)
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 4, 13])
+def test_rows_known_beforehand_change_no_bit(make_model, rows_at_once, monkeypatch) -> None:
+    """And nothing is asked of a GPU but the chunks' bounds, once."""
+    model = make_model("llama").requires_grad_(True)
+    hidden, source, target = draw_predictions(model)
+    ask, asked, results = torch.Tensor.tolist, [], []
+    for distinct in (None, find_distinct(source)):
+        model.zero_grad(set_to_none=True)
+        states = hidden.clone().requires_grad_(True)
+        found = head_logprobs(model, states, source, target, rows_at_once * ROW_BYTES, distinct)
+        found.square().sum().backward()
+        scores = head_scores(model, hidden, source, target, rows_at_once * ROW_BYTES, distinct)
+        results.append([found, states.grad, model.get_output_embeddings().weight.grad, *scores])
+        monkeypatch.setattr("torch.unique", lambda *_, **__: pytest.fail("a GPU would be waited for"))
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda each: asked.append(each) or ask(each))
+    monkeypatch.setattr(torch.Tensor, "__index__", lambda each: pytest.fail("a GPU would be waited for"))
+    head_logprobs(model, hidden, source, target, rows_at_once * ROW_BYTES, find_distinct(source))
+    assert len(asked) == (rows_at_once < 13)
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("draws", [False, True])
+def test_chunks_that_are_computed_again_draw_what_they_drew(make_model, monkeypatch, draws) -> None:
+    model = make_model("llama").requires_grad_(True)
+    if draws:
+        config = LoraConfig(
+            task_type="CAUSAL_LM", target_modules=["lm_head"], lora_dropout=0.5, init_lora_weights=False
+        )
+        model = get_peft_model(model, config).get_base_model()
+    model.train()
+    hidden, source, target = draw_predictions(model)
+    kept, results, again = [], [], koats_head.checkpoint
+    monkeypatch.setattr(koats_head, "checkpoint", lambda *given, **more: kept.append(more) or again(*given, **more))
+    for _ in range(2):
+        torch.manual_seed(5)
+        states = hidden.clone().requires_grad_(True)
+        head_logprobs(model, states, source, target, 4 * ROW_BYTES).sum().backward()
+        results.append(states.grad)
+        monkeypatch.setattr(koats_head, "checkpoint", lambda compute, *given, **_: compute(*given))
+    assert torch.equal(*results)
+    assert {options["preserve_rng_state"] for options in kept} == {draws}

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from peft import PromptTuningConfig, get_peft_model
 
 from koat.core.sequence import Sequence
 from koat.forest.build import build_forest
@@ -14,6 +15,7 @@ from koat.forest.narrow import find_last_layer
 from koat.forest.pieces import cut_row
 from koat.forest.score import cut_sequences, token_logprobs
 from koat.forest.verify import verify_layout
+from koat.forest.walk import Walk
 
 
 def make_sequences() -> list[Sequence]:
@@ -57,6 +59,28 @@ def test_the_last_block_sees_predicting_tokens_alone(make_model) -> None:
     assert seen == [42] * (len(layers) - 1) + [12]
 
 
+def test_the_last_layer_s_attention_answers_predicting_tokens_alone(make_model, monkeypatch) -> None:
+    model = make_model("llama")
+    layout, _ = verify_layout(model)
+    assert layout.plan is not None and layout.plan.kernel == "walk"
+    (batch,) = cut_sequences(make_sequences(), layout, 4096)
+    answered: dict[int | None, set[int]] = {}
+    attend = Walk.attend
+
+    def watch(walk, query, key, value, window, scaling, layer):
+        pieces = walk.list_pieces(window, layer)
+        places = [range(p.start, p.stop) if p.queries is None else p.queries.tolist() for p in pieces]
+        answered.setdefault(layer, set()).update(place for each in places for place in each)
+        return attend(walk, query, key, value, window, scaling, layer)
+
+    monkeypatch.setattr(Walk, "attend", watch)
+    with torch.no_grad():
+        token_logprobs(model, batch, layout)
+    predicting = set(batch.source.tolist())
+    assert len(predicting) == 12 and batch.token_ids.shape == (1, 42)
+    assert answered == {0: set(range(42)), 1: set(range(42)), 2: predicting}
+
+
 def test_it_stands_back_where_layers_are_computed_again(make_model) -> None:
     model = make_model("llama")
     layout, _ = verify_layout(model)
@@ -87,3 +111,18 @@ def test_pieces_answer_only_who_asks() -> None:
     for query in range(len(forest)):
         ancestors = (forest.subtree_end > query) & (np.arange(len(forest)) <= query)
         assert seen[query].tolist() == (ancestors & asking[query]).astype(int).tolist()
+
+
+@pytest.mark.parametrize("prompted", [False, True])
+def test_what_predicts_is_found_once_and_on_the_processor(make_model, monkeypatch, prompted) -> None:
+    model = make_model("llama")
+    if prompted:
+        model = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)).eval()
+    layout, _ = verify_layout(model)
+    assert layout.narrow
+    batches = list(cut_sequences([*make_sequences(), Sequence((5, 6, 7, 8), (False, True, True, True))], layout, 4096))
+    with torch.no_grad():
+        expected = [token_logprobs(model, replace(batch, distinct=None), layout) for batch in batches]
+        monkeypatch.setattr("torch.unique", lambda *_, **__: pytest.fail("a GPU would be waited for"))
+        found = [token_logprobs(model, batch, layout) for batch in batches]
+    assert len(found) and all(map(torch.equal, found, expected))

@@ -111,6 +111,65 @@ def test_a_segment_carries_the_path_of_its_first_token_and_no_more() -> None:
     assert [segment.source.tolist() for segment in segments] == [[], [1], [0], [0]]
 
 
+def write_tree(number: int, trunk: int, limbs: list[int]) -> list[Sequence]:
+    """Return a tree of a trunk and limbs of so many tokens each; a last token, which nothing follows, is left out."""
+    stem, found = (10 * number + 1,) * trunk, []
+    for place, length in enumerate(limbs):
+        body = stem + (10 * number + 2 + place,) * length
+        found.append(Sequence((*body, 0), (False,) * len(body) + (True,)))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("budget", "starts"),
+    [
+        # All branches in reach are limbs: the farthest, 1900. From there the tree at 2700 is too near (800), and the
+        # limb at 3800 the only one in reach; then the tree at 5400 is preferred to the limb at 5000.
+        (10_000, [0, 1900, 3800, 5400, 7300]),
+        (2048, [0, 1900, 3800, 5400, 7300]),
+        # Limbs at 1100 and 1500, then the tree at 2700, and so in each of the three.
+        (1500, [0, 1500, 2700, 4200, 5400, 6900]),
+        # No more than half of what is comfortable: nothing is chosen.
+        (1024, [0, 1024, 2048, 3072, 4096, 5120, 6144, 7168]),
+    ],
+)
+def test_segments_end_before_the_branch_with_the_shortest_path(budget: int, starts: list[int]) -> None:
+    """Three trees of 2700 tokens, limbs at 700, 1100, 1500, 1900 and 2300; a comfortable reach is 1025 to 2048."""
+    forest = build_forest([each for tree in range(3) for each in write_tree(tree, 700, [400] * 5)])
+    assert len(forest) == 8100
+    segments = list(cut_forest(forest, budget))
+    assert [segment.start for segment in segments] == starts
+    assert [segment.stop for segment in segments] == [*starts[1:], 8100]
+    carried = {0: 0, 1500: 700, 1900: 700, 2700: 0, 3800: 700, 4200: 700, 5400: 0, 6900: 700, 7300: 700}
+    assert all(len(each.ancestors) == carried[each.start] for each in segments if each.start in carried)
+
+
+def test_a_tree_is_begun_rather_than_a_limb_further_on() -> None:
+    """A tree of 1100 tokens, then one with limbs at 1400 and 1700: both 1100 and 1700 are in reach."""
+    forest = build_forest(write_tree(0, 700, [400]) + write_tree(1, 300, [300, 800]))
+    assert [segment.start for segment in cut_forest(forest, 2048)] == [0, 1100]
+
+
+@pytest.mark.parametrize(("budget", "starts"), [(4000, [0, 3000]), (2500, [0, 2500])])
+def test_without_a_branch_in_comfortable_reach_the_next_one_is_taken(budget: int, starts: list[int]) -> None:
+    forest = build_forest(write_tree(0, 3000, [0]) + write_tree(1, 500, [0]))
+    assert [segment.start for segment in cut_forest(forest, budget)] == starts
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "llama", "mistral"])
+def test_segments_that_end_at_branches_give_the_same_log_probabilities(make_model, family: str, monkeypatch) -> None:
+    monkeypatch.setattr("koat.forest.stream.COMFORTABLE", 16)
+    model, sequences = make_model(family), draw_sequences(5)
+    forest = build_forest(sequences)
+    branches = set(np.flatnonzero(np.diff(forest.position, prepend=-2) != 1).tolist())
+    assert sum(segment.start in branches for segment in cut_forest(forest, 40)) > 3
+    layout, _ = verify_layout(model)
+    values, _, num_tokens = collect(stream_forest(model, layout, forest, 40), len(sequences))
+    for mine, expected in zip(values, single_logprobs(model, sequences), strict=True):
+        assert mine == pytest.approx(expected.tolist(), rel=1e-5, abs=1e-5)
+    assert num_tokens == len(forest)
+
+
 def test_a_soft_prompt_is_left_to_whole_micro_batches(make_model) -> None:
     config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     model = get_peft_model(make_model("llama"), config).eval()

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from koat.core.sequence import supervise_from
 from koat.forest import kernels as choice
@@ -126,6 +127,57 @@ def test_values_and_gradients_are_the_formulas(kernels, width, heads, groups, wi
     for mine, right in zip((found, *gradients), (expected, *wanted), strict=True):
         assert mine.dtype == dtype and mine.shape == right.shape
         assert float((mine.double() - right).norm() / right.norm()) < tolerance
+
+
+def test_what_no_kernel_wrote_is_read_by_none(kernels, monkeypatch) -> None:
+    """Whole blocks of queries that see nothing: their rows of every sum and gradient are written all the same."""
+
+    def spoil(shape, **options) -> torch.Tensor:
+        return torch.full(tuple(shape), float("nan"), **options)
+
+    batch = draw_rows()
+    ends = batch.subtree_end.clone()
+    ends[0, -100:] = 0
+    visible = make_visible(batch.position, ends)
+    leaves = [torch.randn(*ends.shape, 16, device=DEVICE)[:, None].requires_grad_() for _ in range(3)]
+    found = kernels.TreeAttention.apply(*leaves, Tree.plant(batch.position, ends), None, 0.25)
+    monkeypatch.setattr(kernels.torch, "empty", spoil)
+    monkeypatch.setattr(
+        kernels.torch, "empty_like", lambda each: spoil(each.shape, dtype=each.dtype, device=each.device)
+    )
+    gradients = torch.autograd.grad(found, leaves, torch.ones_like(found))
+    monkeypatch.undo()
+    seeing = visible.any(-1)[..., None]  # [R, 1, L, 1]
+    dense = attend_densely(*leaves, visible | ~seeing, 0.25).where(seeing.transpose(1, 2), 0.0)
+    wanted = torch.autograd.grad(dense, leaves, torch.ones_like(dense))
+    for mine, right in zip(gradients, wanted, strict=True):
+        torch.testing.assert_close(mine, right, atol=2e-5, rtol=1e-5)
+
+
+class Sizes(TorchDispatchMode):
+    """Keeps how many float32 numbers each operation of PyTorch makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[int] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor) and made.dtype == torch.float32:
+            self.found.append(made.numel())
+        return made
+
+
+def test_the_way_back_makes_no_float32_copy_of_an_output(kernels) -> None:
+    batch = draw_rows()
+    query, key, value = torch.randn(3, 2, 2, batch.position.shape[1], 64, device=DEVICE, dtype=torch.float16)
+    query.requires_grad_()
+    tree = Tree.plant(batch.position, batch.subtree_end)
+    found = kernels.TreeAttention.apply(query, key, value, tree, None, 0.125)
+    upstream = torch.ones_like(found)
+    with Sizes() as sizes:
+        found.backward(upstream)
+    assert max(sizes.found) == found[..., 0].numel()
 
 
 def test_what_kernels_do_not_compute_is_refused(kernels) -> None:
@@ -276,5 +328,5 @@ def test_kernels_compile_for_gpus_that_are_not_here(capability) -> None:
     )
     assert done.returncode == 0, done.stderr
     sizes = [int(line.split()[-1]) for line in done.stdout.splitlines()]
-    assert len(sizes) == 34
+    assert len(sizes) == 37
     assert max(sizes) <= {80: 163, 86: 99, 89: 99, 90: 227}[capability] * 1024

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn.modules.module import register_module_forward_hook as note_every_pass
 from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoConfig, GPTNeoForCausalLM, LlamaForCausalLM, LlamaModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -278,6 +279,28 @@ def test_the_twin_is_small_and_disturbs_nothing(make_model, family) -> None:
     assert kinds is None or set(twin.config.layer_types) == set(kinds)
 
 
+@pytest.mark.parametrize(("family", "options"), [("llama", {"intermediate_size": 3000}), ("opt", {"ffn_dim": 3000})])
+def test_the_twin_s_feed_forward_layers_are_narrow(make_model, family, options) -> None:
+    model, (name,) = make_model(family, **options), options
+    twin = make_twin(model)
+    assert getattr(twin.config, name) == 1024 and getattr(model.config, name) == 3000
+    assert sum(weight.numel() for weight in twin.parameters()) < sum(weight.numel() for weight in model.parameters())
+    assert verify_layout(model)[1].shares
+
+
+def test_a_twin_whose_width_cannot_be_another_keeps_it(make_model, monkeypatch) -> None:
+    model, build = make_model("llama", intermediate_size=3000), LlamaForCausalLM._from_config
+
+    def refuse(config, **options):
+        if config.intermediate_size != 3000:
+            raise ValueError("a width that hangs on another")
+        return build(config, **options)
+
+    monkeypatch.setattr(LlamaForCausalLM, "_from_config", refuse)
+    assert make_twin(model).config.intermediate_size == 3000
+    assert verify_layout(model)[1].shares
+
+
 def test_the_finding_is_json(make_model) -> None:
     import json
 
@@ -286,6 +309,20 @@ def test_the_finding_is_json(make_model) -> None:
         stored = json.loads(json.dumps(found.to_mapping()))
         assert stored["shares"] is (family == "llama")
         assert stored["reason"]
+
+
+def test_products_are_exact_while_it_is_found_out(make_model, monkeypatch) -> None:
+    """TF32, where a user allows it, is off by more than a twin may be."""
+    model, seen = make_model("llama"), set()
+    torch.set_float32_matmul_precision("high")
+    try:
+        with note_every_pass(lambda *_: seen.add(torch.get_float32_matmul_precision()) and None):
+            layout, _ = verify_layout(model)
+            verify_growth(model, layout)
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert seen == {"highest"}
 
 
 def test_the_probe_shares_in_every_way() -> None:

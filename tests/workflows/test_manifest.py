@@ -12,6 +12,7 @@ import peft
 import pytest
 import torch
 
+from koat.core.errors import ConfigError
 from koat.core.settings import ModelSettings, TrainingSettings
 from koat.workflows.measure import Cost
 from koat.workflows.training import finetune
@@ -73,3 +74,17 @@ def test_one_process_computes_on_the_gpu_it_was_given(monkeypatch: pytest.Monkey
     assert chosen == [torch.device("cuda:1")] and made == {"cpu": False, "mixed_precision": "no"}
     finetune.make_accelerator(ModelSettings(base="nano", device="cpu"), training)
     assert len(chosen) == 1
+
+
+def test_processes_that_were_launched_together_share_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(finetune, "pick_device", lambda device: torch.device(device))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(finetune, "Accelerator", lambda **options: options)
+    training = TrainingSettings(precision="float32")
+    for count, device in [("2", "cuda"), ("2", "cpu"), ("1", "cuda:1"), ("", "cuda:1")]:
+        monkeypatch.setenv("WORLD_SIZE", count)
+        assert finetune.make_accelerator(ModelSettings(base="nano", device=device), training)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for device in ("cuda:0", "cuda:1"):
+        with pytest.raises(ConfigError, match=rf"model\.device={device} puts all 2 .*Set model\.device=cuda,"):
+            finetune.make_accelerator(ModelSettings(base="nano", device=device), training)

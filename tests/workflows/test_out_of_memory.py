@@ -8,6 +8,9 @@ import torch
 from koat.core.errors import TrainingError
 from koat.workflows.out_of_memory import TO_TRAIN, explain_out_of_memory
 
+AcceleratorError = getattr(torch, "AcceleratorError", RuntimeError)
+"""PyTorch's own kind since 2.8."""
+
 
 @explain_out_of_memory(TrainingError, "in training", TO_TRAIN)
 def fail(error: Exception) -> None:
@@ -22,6 +25,9 @@ def fail(error: Exception) -> None:
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
         RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."),
         MemoryError("Unable to allocate 9 bytes."),
+        AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be reported by anyone."),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
     ],
 )
 def test_the_settings_to_change_are_named(error: Exception) -> None:
@@ -35,6 +41,7 @@ def test_a_real_allocation_that_cannot_be_had() -> None:
         torch.empty(1 << 60, dtype=torch.uint8)
 
 
-def test_other_errors_pass() -> None:
-    with pytest.raises(RuntimeError, match="of another kind"):
-        fail(RuntimeError("of another kind"))
+@pytest.mark.parametrize("text", ["of another kind", "CUDA error: an illegal memory access was encountered"])
+def test_other_errors_pass(text: str) -> None:
+    with pytest.raises(RuntimeError, match=text):
+        fail(RuntimeError(text))

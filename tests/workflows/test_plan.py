@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoConfig
 
 import koat
 from koat.adapters.methods import METHODS
 from koat.model import build_empty
 from koat.quantise.weights import read_linear_shapes
+from koat.workflows.planning import pace
 from koat.workflows.planning.pace import count_active_experts
 from tests.tiny_base import VOCABULARY, call_koat, need_shared
 
@@ -140,3 +142,19 @@ def test_a_plan_for_people_shows_the_count_and_the_settings(place: Path) -> None
 def test_a_recipe_is_a_plan(place: Path) -> None:
     found = koat.plan({"model": {"base": str(place / "base")}}, recipe="demo-lora")
     assert (found.method, found.base) == ("lora", str(place / "base"))
+
+
+def test_a_gpu_is_given_products_that_take_longer_than_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int]] = []
+
+    def note(rows: int, columns: int, **options: Any) -> torch.Tensor:
+        asked.append((rows, columns))
+        return torch.zeros(2, 2)
+
+    monkeypatch.setattr(pace.torch, "ones", note)
+    monkeypatch.setattr(pace.torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(pace.time, "perf_counter", iter(float(second) for second in range(99)).__next__)
+    # A hundred teraflops a second of a large GPU: 6 milliseconds, and 40 microseconds for the processor's.
+    assert pace.measure_rate(torch.bfloat16, torch.device("cuda"), 1.0) == 2.0 * 4096 * 8192 * 8192
+    assert asked == [(4096, 8192), (8192, 8192)]
+    assert pace.measure_rate(torch.float32, torch.device("cpu"), 1.0) == 2.0 * 1024 * 1024 * 2048

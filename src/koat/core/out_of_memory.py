@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-ON_A_CPU = ("can't allocate memory", "not enough memory")
-"""What PyTorch's allocator says on a CPU, in an error of no kind of its own."""
+WORDS = (
+    "can't allocate memory",
+    "not enough memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "Triton Error [CUDA]: out of memory",
+)
+"""What PyTorch's allocator says on a CPU, and CUDA, its libraries and Triton on a GPU, in errors of other kinds."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -12,4 +18,4 @@ def is_out_of_memory(error: BaseException) -> bool:
 
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in ON_A_CPU)
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in WORDS)

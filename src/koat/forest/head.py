@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
+
+from koat.forest.narrow import draws_dropout
+from koat.forest.pack import Distinct
 
 CHUNK_BYTES = 128 * 1024 * 1024
 """Float32 logits that exist at once; more are cut into chunks and rebuilt in the backward pass."""
@@ -87,51 +91,75 @@ def gather_logprobs(logits: Tensor, row: Tensor, target: Tensor) -> Tensor:
     return logprobs
 
 
+def find_rows(source: Tensor, distinct: Distinct | None) -> tuple[Tensor, Tensor]:
+    """Return the distinct numbers `[S]` of `source`, ascending, and which of them each is `[P]`."""
+    if distinct is not None:
+        return source.index_select(0, distinct.first), distinct.row
+    wanted, row = torch.unique(source, return_inverse=True)
+    return wanted, row
+
+
+def cut_rows(row: Tensor, num_rows: int, chunk: int) -> list[Tensor]:
+    """Return which predictions belong to each chunk of the rows; a GPU is asked once for all of them."""
+    order = torch.argsort(row, stable=True)
+    edges = torch.arange(0, num_rows + chunk, chunk, device=row.device)
+    bounds = torch.searchsorted(row[order].contiguous(), edges).tolist()
+    return [order[start:stop] for start, stop in pairwise(bounds)]
+
+
 @torch.no_grad()
 def head_scores(
-    model: nn.Module, hidden: Tensor, source: Tensor, target: Tensor, chunk_bytes: int = CHUNK_BYTES
+    model: nn.Module,
+    hidden: Tensor,
+    source: Tensor,
+    target: Tensor,
+    chunk_bytes: int = CHUNK_BYTES,
+    distinct: Distinct | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the log-probability `[P]` of each `target` and the likeliest token id `[P]` in its place."""
-    unique, row = torch.unique(source, return_inverse=True)
+    wanted, row = find_rows(source, distinct)
     vocabulary = model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
     chunk = max(1, chunk_bytes // (4 * vocabulary))
     logprobs = torch.empty(len(source), device=hidden.device)
     greedy = torch.empty(len(source), dtype=torch.int64, device=hidden.device)
-    for start in range(0, len(unique), chunk):
-        logits = compute_logits(model, hidden.index_select(0, unique[start : start + chunk]))
-        here = ((row >= start) & (row < start + chunk)).nonzero().squeeze(1)
+    for number, here in enumerate(cut_rows(row, len(wanted), chunk)):
+        start = number * chunk
+        logits = compute_logits(model, hidden.index_select(0, wanted[start : start + chunk]))
         logprobs[here] = gather_logprobs(logits, row[here] - start, target[here])
         greedy[here] = logits.argmax(-1)[row[here] - start]
     return logprobs, greedy
 
 
 def head_logprobs(
-    model: nn.Module, hidden: Tensor, source: Tensor, target: Tensor, chunk_bytes: int = CHUNK_BYTES
+    model: nn.Module,
+    hidden: Tensor,
+    source: Tensor,
+    target: Tensor,
+    chunk_bytes: int = CHUNK_BYTES,
+    distinct: Distinct | None = None,
 ) -> Tensor:
     """Return the log-probability `[P]` of each `target` given the hidden state of its `source`.
 
     `hidden` is `[N, d]` for the N tokens of a micro-batch. Tokens that predict several targets (where a tree
-    branches) go through the head once.
+    branches) go through the head once; `distinct` are those, where they are known beforehand.
     """
-    unique, row = torch.unique(source, return_inverse=True)
-    vocabulary = model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
-    chunk = max(1, chunk_bytes // (4 * vocabulary))
+    wanted, row = find_rows(source, distinct)
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    chunk = max(1, chunk_bytes // (4 * head.weight.shape[0]))
 
     def compute_chunk(states: Tensor, row: Tensor, target: Tensor) -> Tensor:
         return gather_logprobs(compute_logits(model, states), row, target)
 
-    states = hidden.index_select(0, unique)
-    if len(unique) <= chunk:
+    states = hidden.index_select(0, wanted)
+    if len(wanted) <= chunk:
         return compute_chunk(states, row, target)
-    order = torch.argsort(row, stable=True)
-    bounds = torch.searchsorted(row[order].contiguous(), torch.arange(0, len(unique) + chunk, chunk, device=row.device))
-    parts = []
-    for number, part in enumerate(torch.split(states, chunk)):
-        chosen = order[bounds[number] : bounds[number + 1]]
-        arguments = (part, row[chosen] - number * chunk, target[chosen])
+    chosen, parts = cut_rows(row, len(wanted), chunk), []
+    for number, (part, here) in enumerate(zip(torch.split(states, chunk), chosen, strict=True)):
+        arguments = (part, row[here] - number * chunk, target[here])
+        # Most heads draw nothing: the random generators' states need not be fetched from a GPU for each chunk.
         parts.append(
-            checkpoint(compute_chunk, *arguments, use_reentrant=False)
+            checkpoint(compute_chunk, *arguments, use_reentrant=False, preserve_rng_state=draws_dropout(head))
             if torch.is_grad_enabled()
             else compute_chunk(*arguments)
         )
-    return torch.cat(parts).index_select(0, torch.argsort(order))
+    return torch.cat(parts).index_select(0, torch.argsort(torch.cat(chosen)))

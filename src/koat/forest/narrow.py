@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from koat.forest.pack import Distinct
+
 FEED_FORWARD = "mlp"
 """What transformers calls the feed-forward block of a layer, in nearly every family."""
 
@@ -30,7 +32,7 @@ def draws_dropout(block: nn.Module) -> bool:
 
 
 @contextmanager
-def narrow_last_layer(causal: Any, source: Tensor) -> Iterator[None]:
+def narrow_last_layer(causal: Any, source: Tensor, distinct: Distinct | None = None) -> Iterator[None]:
     """Within the block, the last feed-forward block computes the tokens `source [P]` alone, zero for all others.
 
     It does nothing where layers are computed again in the backward pass, which happens after the block, and
@@ -40,7 +42,7 @@ def narrow_last_layer(causal: Any, source: Tensor) -> Iterator[None]:
     if block is None or getattr(causal, "is_gradient_checkpointing", False) or draws_dropout(block):
         yield
         return
-    rows = torch.unique(source)
+    rows = torch.unique(source) if distinct is None else source.index_select(0, distinct.first)
     shape: list[torch.Size] = []
 
     def select(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from collections.abc import Sequence as ListLike
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -38,6 +39,23 @@ class RowCost:
 PLAIN_COST = RowCost(0.0)
 
 
+class Distinct(NamedTuple):
+    """The S distinct numbers among P, ascending: where each is found (`first [S]`), and which each of P is (`row`)."""
+
+    first: Tensor
+    row: Tensor
+
+    def to(self, device: torch.device | str) -> Distinct:
+        """Return the same on another device."""
+        return Distinct(self.first.to(device), self.row.to(device))
+
+
+def find_distinct(values: Tensor) -> Distinct:
+    """Return the distinct numbers among `values [P]`, which lie on the CPU."""
+    _, first, row = np.unique(values.numpy(), return_index=True, return_inverse=True)
+    return Distinct(torch.from_numpy(first), torch.from_numpy(row))
+
+
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
     """R rows of L tokens, right-padded, and their P predictions.
@@ -55,11 +73,14 @@ class MicroBatch:
     rows: tuple[tuple[int, ...], ...]
     num_tokens: int
     """Distinct tokens, without padding."""
+    distinct: Distinct | None = None
+    """Of `source`; a GPU would have to wait for the processor to be told how many there are."""
 
     def to(self, device: torch.device | str) -> MicroBatch:
         """Return the same micro-batch on another device."""
         names = ("token_ids", "position", "subtree_end", "source", "target", "owner")
-        return replace(self, **{name: getattr(self, name).to(device) for name in names})
+        distinct = None if self.distinct is None else self.distinct.to(device)
+        return replace(self, distinct=distinct, **{name: getattr(self, name).to(device) for name in names})
 
 
 def plan_rows(sequences: ListLike[Sequence], cost: RowCost, max_length: int) -> list[list[int]]:
@@ -107,17 +128,18 @@ def collate_rows(sequences: ListLike[Sequence], rows: ListLike[ListLike[int]], l
         token_ids[number, : len(forest)] = forest.token_ids
         position[number, : len(forest)] = forest.position
         subtree_end[number, : len(forest)] = forest.subtree_end
-    source = [forest.source + number * longest for number, forest in enumerate(forests)]
+    source = torch.from_numpy(np.concatenate([forest.source + n * longest for n, forest in enumerate(forests)]))
     owner = [np.array(row, np.int64)[forest.owner] for row, forest in zip(rows, forests, strict=True)]
     return MicroBatch(
         torch.from_numpy(token_ids),
         torch.from_numpy(position),
         torch.from_numpy(subtree_end),
-        torch.from_numpy(np.concatenate(source)),
+        source,
         torch.from_numpy(np.concatenate([forest.target for forest in forests])),
         torch.from_numpy(np.concatenate(owner)),
         tuple(tuple(row) for row in rows),
         sum(len(forest) for forest in forests),
+        find_distinct(source),
     )
 
 

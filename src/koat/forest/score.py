@@ -97,7 +97,7 @@ def token_logprobs(model: nn.Module, batch: MicroBatch, layout: Layout) -> Tenso
     """
     output, source = run_rows(model, batch, layout)
     if layout.split_head:
-        return head_logprobs(unwrap(model), output, source, batch.target)
+        return head_logprobs(unwrap(model), output, source, batch.target, distinct=batch.distinct)
     return gather_logprobs(output, source, batch.target)
 
 
@@ -106,7 +106,7 @@ def score_tokens(model: nn.Module, batch: MicroBatch, layout: Layout) -> tuple[T
     """Return each prediction's log-probability `[P]` and the token id `[P]` that the model likes best there."""
     output, source = run_rows(model, batch, layout)
     if layout.split_head:
-        return head_scores(unwrap(model), output, source, batch.target)
+        return head_scores(unwrap(model), output, source, batch.target, distinct=batch.distinct)
     greedy = output.index_select(0, source).argmax(-1)
     return gather_logprobs(output, source, batch.target), greedy
 
@@ -120,7 +120,7 @@ def run_rows(model: nn.Module, batch: MicroBatch, layout: Layout) -> tuple[Tenso
     source = batch.source
     if root is not None and root.embeddings is not None:
         source = shift_source(batch, root.num_tokens)
-    with narrow_last_layer(causal, source) if layout.narrow else nullcontext():
+    with narrow_last_layer(causal, source, batch.distinct) if layout.narrow else nullcontext():
         inputs = make_inputs(causal, batch, layout, root)
         if layout.split_head:
             return causal.base_model(**inputs).last_hidden_state.flatten(0, 1), source

@@ -95,21 +95,26 @@ def attend_kernel(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def pull_back_queries_kernel(
-    query, key, value, gradient, log_sum, delta, for_query, end, position, counts, blocks,
+    query, key, value, gradient, log_sum, delta, output, for_query, end, position, counts, blocks,
     q_row, q_head, q_token, k_row, k_head, k_token, v_row, v_head, v_token,
     num_heads, group, num_queries, num_keys, most, window, scale, factor,
     WIDTH: tl.constexpr, PADDED: tl.constexpr, M: tl.constexpr, N: tl.constexpr, WINDOWED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradient of a block of queries of one head, `[R, H, L, D]`."""
+    """Write the gradient of a block of queries of one head, `[R, H, L, D]`, and its products with the output.
+
+    Their sums `delta [R, H, L]` are what the kernel of the keys reads.
+    """
     block, row, head = tl.program_id(0), tl.program_id(2).to(tl.int64), tl.program_id(1)
     width, asked = tl.arange(0, PADDED), block * M + tl.arange(0, M)
     wide, asking = (width < WIDTH)[None, :], asked < num_queries
     line, place = row * tl.num_programs(0) + block, (row * num_heads + head) * num_queries + asked
     q = take(query + row * q_row + head * q_head, asked, q_token, width, asking[:, None] & wide)
-    start = gradient + (row * num_queries * num_heads + head) * WIDTH
-    above = take(start, asked, num_heads * WIDTH, width, asking[:, None] & wide)
-    sums, mean = tl.load(log_sum + place, mask=asking, other=0.0), tl.load(delta + place, mask=asking, other=0.0)
+    start, step = (row * num_queries * num_heads + head) * WIDTH, num_heads * WIDTH
+    above = take(gradient + start, asked, step, width, asking[:, None] & wide)
+    answer = take(output + start, asked, step, width, asking[:, None] & wide)
+    sums, mean = tl.load(log_sum + place, mask=asking, other=0.0), tl.sum(above.to(tl.float32) * answer, 1)
+    tl.store(delta + place, mean, mask=asking)
     key += row * k_row + head // group * k_head
     value += row * v_row + head // group * v_head
     found, offset = tl.zeros([M, PADDED], tl.float32), num_keys - num_queries
@@ -221,16 +226,17 @@ class TreeAttention(torch.autograd.Function):
         """Return the gradients of queries, keys and values."""
         query, key, value, output, log_sum = ctx.saved_tensors
         gradient = gradients[0].contiguous()
-        delta = (gradient.float() * output.float()).sum(-1).transpose(1, 2).contiguous()
+        delta = torch.empty_like(log_sum)
         for_query, for_key, for_value = (torch.empty(heads.shape, dtype=heads.dtype, device=heads.device)
                                          for heads in (query, key, value))  # fmt: skip
         shape = pick_shape(query.shape[-1], query.dtype)
         blocks = ctx.tree.list_blocks(ctx.window, shape.num_queries, shape.num_keys)
         marks = ctx.tree.subtree_end, ctx.tree.position
+        # Queries first: their kernel writes the delta that the keys' reads.
         given, options = (query, key, value, gradient, log_sum, delta), _specialise(query, shape, ctx.window)
         with torch.cuda.device_of(query):
             pull_back_queries_kernel[blocks.keys.shape[1], query.shape[1], len(query)](
-                *given, for_query, *marks, blocks.num_keys, blocks.keys,
+                *given, output, for_query, *marks, blocks.num_keys, blocks.keys,
                 *_describe(query, key, value, blocks.keys, ctx.window, ctx.scaling), ctx.scaling, **options,
             )  # fmt: skip
             pull_back_keys_kernel[blocks.queries.shape[1], key.shape[1], len(query)](

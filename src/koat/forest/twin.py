@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from koat.core.out_of_memory import is_out_of_memory
 from koat.core.seeding import seeded
 from koat.forest.score import Layout, unwrap
 
@@ -17,6 +18,10 @@ TWIN_WINDOW = 8
 """The twin's sliding window in tokens, where the family has one."""
 WINDOWS = ("sliding_window", "window_size", "attention_chunk_size", "keep_window_size")
 """What families call how far a layer sees. Beyond the probe's length it would be tried on nothing."""
+INNER_WIDTHS = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size", "ffn_dim", "n_inner")
+"""What families call the width of their feed-forward layers, which no position and no mask has to do with."""
+MOST_INNER = 1024
+"""Numbers that they have at most in the twin: a few layers of a wide model would take gigabytes in float32."""
 
 MOST_LAYERS = 4
 """Where the first layers of a model hold every type, so many of them are taken."""
@@ -39,11 +44,31 @@ def make_twin(model: nn.Module) -> Any:
     _shrink_rope(config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    with seeded(0):
-        twin = type(causal)._from_config(config, dtype=torch.float32)
-        enlarge_weights(twin)
+    try:
+        twin = _draw(type(causal), narrow_inner(config))
+    except Exception as error:  # a family whose widths hang on one another
+        if is_out_of_memory(error):
+            raise
+        twin = _draw(type(causal), config)
     twin.config._attn_implementation = causal.config._attn_implementation
     return twin.to(causal.device).eval()
+
+
+def narrow_inner(config: Any) -> Any:
+    """Return a configuration whose feed-forward layers are `MOST_INNER` wide at most, where it says how wide."""
+    narrow = copy.deepcopy(config)
+    for name in INNER_WIDTHS:
+        if isinstance(width := getattr(narrow, name, None), int):
+            setattr(narrow, name, min(width, MOST_INNER))
+    return narrow
+
+
+def _draw(kind: Any, config: Any) -> Any:
+    """Return a float32 model with large random weights, the same every time."""
+    with seeded(0):
+        drawn = kind._from_config(config, dtype=torch.float32)
+        enlarge_weights(drawn)
+    return drawn
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from torch import nn
 from koat.core.differences import find_largest
 from koat.core.errors import ModelError, summarise_error
 from koat.core.out_of_memory import is_out_of_memory
+from koat.core.precision import exact_products
 from koat.core.sequence import Sequence
 from koat.core.soft_prompt import has_soft_prompt
 from koat.forest.attend import MASKLESS, AttentionPlan, Kernel, find_windows
@@ -138,6 +139,7 @@ def _find_wrong_kernel(twin: Any, plan: AttentionPlan, compute: torch.dtype) -> 
 
 
 @torch.no_grad()
+@exact_products()
 def verify_layout(
     model: nn.Module, attention: str = "auto", compute: torch.dtype | None = None
 ) -> tuple[Layout, Verification]:

@@ -31,14 +31,14 @@ def import_bitsandbytes(wanted: str, instead: str, error_type: type[KoatError] =
 def make_loading_options(
     quantisation: str, dtype: torch.dtype, device: torch.device, build_empty: Callable[[], nn.Module]
 ) -> dict[str, Any]:
-    """Return what transformers' `from_pretrained` needs to quantise while it loads; nothing for `none`.
+    """Return what transformers' `from_pretrained` needs to quantise while it loads, and to load onto a GPU at once.
 
     The output head stays as it is, and so do layers that bitsandbytes would compute wrongly on this processor;
     `build_empty` builds the model without weights to look for them. Raises ModelError without bitsandbytes, and
     when no layer is left to quantise.
     """
     if quantisation == "none":
-        return {}
+        return {} if device.type == "cpu" else {"device_map": {"": number_gpu(device)}}
     import_bitsandbytes(f"model.quantisation={quantisation}", "model.quantisation=none")
     from transformers import BitsAndBytesConfig
 
@@ -53,7 +53,13 @@ def make_loading_options(
         if device.type == "cpu" and not blocks_cross_rows():
             options["llm_int8_skip_modules"] = list_unsafe_layers(build_empty(), quantisation)
     config = BitsAndBytesConfig(**options)  # type: ignore[no-untyped-call]
-    return {"quantization_config": config, "device_map": {"": device}}
+    return {"quantization_config": config, "device_map": {"": number_gpu(device)}}
+
+
+def number_gpu(device: torch.device) -> torch.device:
+    """Return a device with its number: weights are read in threads, for each of which `cuda` is the first GPU."""
+    is_open = device.type == "cuda" and device.index is None
+    return torch.device("cuda", torch.cuda.current_device()) if is_open else device
 
 
 @functools.cache

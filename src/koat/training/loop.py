@@ -83,7 +83,9 @@ def accumulate_gradients(
     """
     objective = make_objective(sequences, share_examples(sequences, accelerator), settings)
     answers, lengths = objective.sequences, list(map(len, objective.sequences))
-    batches = list(cut_sequences(answers, layout, settings.tokens_per_microbatch, settings.max_row_length))
+    cut = cut_sequences(answers, layout, settings.tokens_per_microbatch, settings.max_row_length)
+    # All at once: a copy to a GPU waits for the work that it was given before.
+    batches = [batch.to(accelerator.device) for batch in cut]
     loss_sum, slope, losses = torch.zeros((), dtype=torch.float64), None, []
 
     def run(batch: MicroBatch) -> Tensor:
@@ -94,7 +96,6 @@ def accumulate_gradients(
         slope, value = objective.weigh_answers(sum_answers(run, batches, len(answers), accelerator.device))
         loss_sum += value
     for batch in batches:
-        batch = batch.to(accelerator.device)
         logprobs = run(batch)
         if settings.choice_loss and slope is None:
             slope, value = objective.weigh_answers(sum_by_owner(logprobs.detach(), batch.owner, len(answers)))
@@ -118,7 +119,6 @@ def sum_answers(
     sums = torch.zeros(num_sequences, device=device)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         for batch in batches:
-            batch = batch.to(device)
             sums += sum_by_owner(run(batch), batch.owner, num_sequences)
     return sums
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from koat.core.atomic import cannot_write
+from koat.core.errors import ConfigError
 from koat.report.progress import ProgressLine
 from koat.workflows.experiment.cells import FILE, Cell, ExperimentPlan
 from koat.workflows.training.prepare import Say
@@ -26,8 +27,9 @@ def run_in_processes(
     """Run cells in `jobs` processes at a time, each with its log in `logs`; return the failures by name.
 
     Processes take turns on the GPUs that there are and divide the cores. When this one is interrupted, they
-    are stopped too.
+    are stopped too. Raises ConfigError for a cell that names a GPU by a number that its process will not see.
     """
+    check_devices(cells)
     waiting, total = list(cells), len(cells)
     running: dict[int, tuple[Cell, subprocess.Popen[bytes]]] = {}
     failures: dict[str, str] = {}
@@ -55,6 +57,16 @@ def run_in_processes(
         for _, child in running.values():
             child.wait()
     return failures
+
+
+def check_devices(cells: Sequence[Cell]) -> None:
+    """Raise ConfigError for cells on another GPU than the one that each process sees, as its first."""
+    named = [cell for cell in cells if cell.model.device.startswith("cuda:") and cell.model.device != "cuda:0"]
+    if named:
+        raise ConfigError(
+            f"{named[0].name}: model.device={named[0].model.device}, but with --jobs each process is given one GPU and "
+            "sees no second. Set model.device=cuda, and say in CUDA_VISIBLE_DEVICES which GPUs to take turns on."
+        )
 
 
 def start_cell(

@@ -15,11 +15,18 @@ from koat.quantise.weights import read_linear_shapes
 from koat.workflows.planning.memory import Base, Footprint
 
 SECONDS = 2.0
-SHAPE = (1024, 1024, 2048)
-"""A product `[m, k] @ [k, n]`, of a size that a micro-batch and a layer make."""
+SHAPES = {"cpu": (1024, 1024, 2048), "cuda": (4096, 8192, 8192)}
+"""A product `[m, k] @ [k, n]`, of a size that a micro-batch and a layer make.
+
+A GPU does the processor's in the time that a launch takes (6 us on a large one).
+"""
 REACHED = {torch.float32: 0.6}
 OTHERWISE = 0.3
-"""Share of that rate that training reaches on unique tokens: docs/benchmarks.md, by type."""
+"""Share of that rate that training reaches on unique tokens: docs/benchmarks.md, by type, on a CPU.
+
+Of a GPU one step is known (docs/benchmarks-gpu.md): 1.2 billion weights, 16,384 tokens and 448 ms are 177 TFLOP/s,
+about a quarter of what an H200 reaches in bfloat16, random inputs drawn on the CPU included. So the same is said there.
+"""
 
 
 NUM_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
@@ -39,7 +46,7 @@ class Pace:
 @torch.no_grad()
 def measure_rate(dtype: torch.dtype, device: torch.device, seconds: float = SECONDS) -> float:
     """Return the median rate (FLOPs per second) of matrix products in about `seconds`."""
-    rows, inner, columns = SHAPE
+    rows, inner, columns = SHAPES[device.type]
     left = torch.ones(rows, inner, dtype=dtype, device=device)
     right = torch.ones(columns, inner, dtype=dtype, device=device)
     spent: list[float] = []

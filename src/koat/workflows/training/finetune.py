@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -96,7 +97,7 @@ def claim_run(config: RunConfig, out: Path, resume: bool, overwrite: bool) -> Ru
     if differing:
         raise ConfigError(
             f"The run in {out} was started with other settings: {', '.join(differing)}. "
-            f"To go on with it, give `--resume {out}` alone; for new settings choose another `out`."
+            f"To go on with it, give `--resume {out}` alone; for new settings choose another --out."
         )
     return run
 
@@ -146,7 +147,7 @@ def begin_run(run: RunFolder, config: RunConfig, manifest: dict[str, Any], resum
         if changed:
             raise RunFolderError(
                 f"The run in {run.path} cannot go on: its {' and '.join(changed)} changed since it began. "
-                "Put back what it was trained on, or begin another run with another `out`."
+                "Put back what it was trained on, or begin another run with another --out."
             )
     run.write_config(settle_paths(config))
     run.write_manifest(manifest)
@@ -166,10 +167,21 @@ def make_accelerator(model: ModelSettings, training: TrainingSettings) -> Accele
         # Accelerate keeps the first run's device and precision for the whole process, and refuses others.
         AcceleratorState._reset_state(reset_partial_state=True)
     device = pick_device(model.device)
+    check_launch(device)
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # one process' Accelerator computes on the current one
     mixed = "bf16" if model.dtype == "float32" and pick_precision(training, device) == torch.bfloat16 else "no"
     return Accelerator(cpu=device.type == "cpu", mixed_precision=mixed)
+
+
+def check_launch(device: torch.device) -> None:
+    """Raise ConfigError where several processes were launched to train on one GPU by its number."""
+    count = int(os.environ.get("WORLD_SIZE") or 1)
+    if count > 1 and device.type == "cuda" and device.index is not None:
+        raise ConfigError(
+            f"model.device={device} puts all {count} processes that were launched on one GPU. Set model.device=cuda, "
+            "and each takes its own."
+        )
 
 
 @explain_out_of_memory(TrainingError, "in training", TO_TRAIN)
