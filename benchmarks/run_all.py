@@ -29,12 +29,21 @@ HEADER = (
     "model", "precision", "what", "peer", "koat tok/s", "peer tok/s", "ratio", "target",
     *FACTORS, "of matrix rate", "check",
 )  # fmt: skip
-READING = """Rates count the *original* tokens of the sequences, before sharing and padding. A ratio is the product of
-four factors. *padding*: padding that the peer computes and koat does not. *sharing*: tokens that koat computes
-once (and last tokens, which predict nothing). *head*: koat's own time when all rows of the LM head are computed,
-over its time with those that a target needs. *kernel*: the rest, speed per computed token. *Of matrix rate*: FLOPs
-of the unique tokens, over koat's time, over the machine's measured rate of matrix products. Each side ran in turns
-in one process, and medians count. No ratio is given unless both sides computed the same numbers."""
+READING = """Rates count the *original* tokens of the sequences, before sharing and padding. The columns:
+
+- *target*: the ratio that koat set itself beforehand, its mark. In other tables *held* says that a row reached its
+  mark, *MISSED* that it did not.
+- A ratio is the product of four factors. *padding*: padding that the peer computes and koat does not. *sharing*: tokens
+  that koat computes once where the peer computes them again (and last tokens, which predict nothing). *head*: koat's
+  time with all rows of the LM head, over its time with only those that some target needs. *kernel*: the rest, the speed
+  per computed token.
+- *of matrix rate*: FLOPs of the unique tokens, over koat's time, over the machine's measured rate of matrix products.
+- *check*: no ratio is given unless both sides computed the same numbers. It shows the largest difference, how much is
+  allowed, and the *spread* (standard deviation) of the numbers: a difference far below the spread is agreement.
+- *HFLM* is lm-evaluation-harness' own backend for Hugging Face models. *floor* is the frozen base, which computes
+  activation gradients and trains nothing; *of floor* is what a method takes or keeps, over that.
+
+Both sides ran in turns in one process, and medians count."""
 
 
 def format_row(cells: ListLike[str]) -> str:

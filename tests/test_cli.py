@@ -8,7 +8,6 @@ import re
 import resource
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -48,14 +47,20 @@ def test_all_commands_are_known() -> None:
     }
 
 
+def count_seconds_of_children() -> float:
+    """Return the processor's time that children which have ended took: a busy machine takes longer, not more of it."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def test_help_comes_within_a_second() -> None:
     seconds = []
-    for _ in range(3):  # the machine may be busy; the program is the same
-        began = time.monotonic()
+    for _ in range(3):  # the first may have to compile
+        began = count_seconds_of_children()
         done = subprocess.run([find_koat(), "--help"], capture_output=True, env=make_environment(), check=True)
-        seconds.append(time.monotonic() - began)
+        seconds.append(count_seconds_of_children() - began)
         assert b"koat demo" in done.stdout
-    assert min(seconds) < 1
+    assert 0 < min(seconds) < 1
 
 
 def test_no_help_imports_anything_heavy() -> None:
@@ -65,13 +70,11 @@ def test_no_help_imports_anything_heavy() -> None:
         "    koat([*words, '--help'], standalone_mode=False)\n"
         f"print('heavy:', sorted(set({HEAVY!r}) & set(sys.modules)))\n"
     )
-    began = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=make_environment(), check=True
     )
     assert done.stdout.rstrip().endswith("heavy: []")
     assert done.stdout.count("Usage:") == len(COMMANDS)
-    assert time.monotonic() - began < len(COMMANDS)
 
 
 @pytest.mark.parametrize("arguments", [["settings"], ["settings", "training."], ["list"], ["finetune", "--show"]])
@@ -118,6 +121,20 @@ def test_every_setting_is_listed_with_what_it_does() -> None:
         assert choices in said
 
 
+def test_the_rates_that_methods_bring_are_listed() -> None:
+    from koat.adapters.methods import METHODS
+    from koat.core.settings import TrainingSettings
+
+    said = TrainingSettings.model_fields["learning_rate"].description or ""
+    rates = {
+        name: float(rate)
+        for names, rate in re.findall(r"(\w+(?: and \w+)*) (\d+e-\d+)", said)
+        for name in names.split(" and ")
+    }
+    assert rates == {name: method.learning_rate for name, method in METHODS.items()}
+    assert "(by method)" in call_koat("settings", "training.learning_rate")[1]
+
+
 @pytest.mark.parametrize(
     ("prefix", "nearest"),
     [("trainig.", "training."), ("learning_rate", "training.learning_rate"), ("zzz", "")],
@@ -135,6 +152,8 @@ def test_names_that_ship_are_listed() -> None:
     assert status == 0
     for name in ("ia3", "lora", "demo-ia3", "nsmc-prompt1", "koalpaca-context"):
         assert name in out
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if line.startswith("│")]
+    assert all(what and what.lower() != name for _, name, what in rows if name), "a name alone explains nothing"
 
 
 def test_version() -> None:

@@ -247,7 +247,7 @@ def test_a_path_through_a_file_is_said(tmp_path: Path) -> None:
     ):
         pass
     with (
-        pytest.raises(RunFolderError, match="there is a file of that name"),
+        pytest.raises(RunFolderError, match=r"there is a file of that name\. Move it away"),
         atomic_folder(tmp_path / "file"),
     ):
         pass
@@ -450,7 +450,7 @@ def test_a_new_run_and_its_places(tmp_path: Path) -> None:
 def test_a_folder_in_use_is_refused_with_advice(tmp_path: Path) -> None:
     run = RunFolder.create(tmp_path / "one")
     run.write_config({})
-    with pytest.raises(RunFolderError, match=r"not empty.*config.yaml.*`--resume`.*another `out`"):
+    with pytest.raises(RunFolderError, match=r"not empty.*config.yaml.*`--resume`.*another --out"):
         RunFolder.create(run.path)
     assert run.config.exists()
     (tmp_path / "file").write_text("")

@@ -53,7 +53,7 @@ def test_rows(tmp_path: Path, row: Any, expected: str) -> None:
     path = save(tmp_path / "a.jsonl", GOOD, row)
     message = refuse(path)
     assert message.startswith(f"{path}:2: {expected}")
-    assert message.endswith("or set on_bad_row=skip to leave broken rows out")
+    assert message.endswith("or set data.on_bad_row=skip to leave broken rows out")
     assert read_records(str(path), on_bad_row="skip").bad_rows[0].startswith(f"{path}:2: {expected}")
 
 

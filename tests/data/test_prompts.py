@@ -121,7 +121,7 @@ def test_unknown_names_are_answered_with_the_nearest_and_all() -> None:
     message = str(caught.value)
     assert "(did you mean 'koalpaca'?)" in message
     assert all(name in message for name in list_templates())
-    with pytest.raises(DataError, match=r"given as template\.prompt="):
+    with pytest.raises(DataError, match=r"given as data\.template\.prompt="):
         resolve_template("{instruction}:")
 
 
@@ -143,7 +143,7 @@ def test_a_field_that_the_record_lacks() -> None:
             assert part in str(caught.value)
     with pytest.raises(DataError, match="needs the field 'context'"):
         resolve_template("koalpaca-question-first")[0].render_prompt(Record(PLAIN))
-    with pytest.raises(DataError, match="conversation of 2 messages: template=chat"):
+    with pytest.raises(DataError, match=r"conversation of 2 messages: data\.template=chat"):
         resolve_template("koat")[0].render(Record({}, (Turn("user", "a"), Turn("assistant", "b"))))
 
 

@@ -42,8 +42,8 @@ def test_the_leader_is_set_against_all_others() -> None:
         "en": "IA3 scores highest (71.0 %, 66.0–76.0): better than base by 16.0 to 26.0 points; looks better than "
         "prompt by 1.1 to 20.0 points, which may be chance among so many comparisons; with 500 items cannot be told "
         "apart from LoRA (about 1,500 would tell).",
-        "ko": "가장 높은 점수는 IA3 (71.0 %, 66.0–76.0): base 대비 16.0~26.0점 높음; prompt 대비 1.1~20.0점 높아 "
-        "보이나, 비교가 많아 우연일 수 있음; 문항 500개로는 구별되지 않음: LoRA (약 1,500개 필요).",
+        "ko": "가장 높은 점수는 IA3(71.0 %, 66.0–76.0): base보다 16.0~26.0점 높음; prompt보다 1.1~20.0점 높아 "
+        "보이나, 비교가 많아 우연일 수 있음; 문항 500개로는 구별되지 않음: LoRA(약 1,500개 필요).",
     }
 
 

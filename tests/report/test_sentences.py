@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,10 +18,12 @@ from koat.report.sentences import (
     say_comparison,
     say_conditions,
     say_needed,
+    say_note,
     say_reasons,
     say_refusal,
     say_smallest,
 )
+from koat.workflows.comparing.scored import _find_problem
 
 FOUND: dict[str, Any] = {
     "task": "reviews", "scoring": "likelihood", "left": "A", "right": "B", "better": "B", "unsure": None,
@@ -86,7 +90,28 @@ REFUSAL = {"task": "arc", "left": "A", "right": "B", "reasons": ["acc against ac
 
 def test_a_refusal_names_its_reason() -> None:
     assert say_refusal(REFUSAL) == "A and B are not ranked on arc: acc against acc_norm: another metric."
-    assert say_refusal(REFUSAL, "ko") == "A / B: arc의 순위를 매기지 않음. acc 대 acc_norm: 지표가 다름."
+    assert say_refusal(REFUSAL, "ko") == (
+        "arc에서는 A, B의 순위를 매기지 않습니다. 이유: acc 대 acc_norm: 지표가 다름."
+    )
+
+
+def test_korean_counts_seeds_in_korean() -> None:
+    seeded = {**FOUND, "left": "A (3 seeds)", "right": "B (2 seeds)", "better": "B (2 seeds)"}
+    assert say_comparison(seeded, 3, "ko").startswith("B(시드 2개)의 점수가 A(시드 3개)보다 2.1~6.4점 높습니다(")
+    assert "A(시드 3개), B" in say_refusal({**REFUSAL, "left": "A (3 seeds)"}, "ko")
+    assert say_comparison(seeded, 3).startswith("B (2 seeds) is better")
+
+
+@pytest.mark.parametrize(
+    ("values", "num_items", "value"),
+    [({}, 2, 0.5), ({"1": 1.0}, 2, 0.5), ({"1": 7.0, "2": 1.0}, 2, 4.0), ({"1": 1.0, "2": 1.0}, 2, 0.5)],
+    ids=["gone", "fewer", "no share", "another mean"],
+)
+def test_what_is_left_out_is_said_in_korean(values: dict[str, float], num_items: int, value: float) -> None:
+    problem = _find_problem(SimpleNamespace(predictions=values, values=values, num_items=num_items, value=value))
+    note = f"base: nsmc, likelihood, was left out: {problem}"
+    assert problem and say_note(note) == note
+    assert re.fullmatch(r"base: nsmc, likelihood: 비교에서 뺐습니다\. [^a-z]+\.", say_note(note, "ko"))
 
 
 def test_every_reason_has_its_korean() -> None:
@@ -115,4 +140,4 @@ def test_reasons_in_two_words_have_their_korean() -> None:
     reasons = ["one against two: another few-shot style", "another few-shot style"]
     assert say_reasons(reasons, "ko") == "one 대 two: few-shot style: 다름; few-shot style: 다름"
     void = "B: first tokens cannot tell the answer words apart in its tokenizer"
-    assert say_reasons([void], "ko") == "B: 그 토크나이저에서는 첫 토큰으로 답을 구별할 수 없음"
+    assert say_reasons([void], "ko") == "B: 그 토크나이저에서는 첫 토큰으로 답 후보를 구별할 수 없음"

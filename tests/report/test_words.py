@@ -39,4 +39,4 @@ def test_every_word_is_said_and_every_said_word_is_there() -> None:
 
 def test_a_value_may_be_in_both_languages() -> None:
     assert say("num_scores", "ko", number=4) == "점수 4종"
-    assert say_both("on_log", axis=say_both("axis_loss")) == {"en": "loss (logarithmic)", "ko": "손실 (로그)"}
+    assert say_both("on_log", axis=say_both("axis_loss")) == {"en": "loss (logarithmic)", "ko": "손실(로그)"}

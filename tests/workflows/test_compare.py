@@ -15,10 +15,11 @@ from scipy import stats
 import koat
 from koat.core.config_files import dump_yaml
 from koat.core.json_lines import read_lines
+from koat.evaluation.contract import Parts
 from koat.report.comparison import list_notes
 from koat.workflows.comparing.compare import compare_targets
 from tests.tiny_base import call_koat
-from tests.workflows.scored_folders import make_answers, write_run, write_scores
+from tests.workflows.scored_folders import CONDITIONS, make_answers, write_run, write_scores
 
 BETTER = make_answers(300, range(0, 300, 10))  # 30 wrong
 WORSE = make_answers(300, range(0, 300, 4))  # 75 wrong, 15 of them common
@@ -73,6 +74,29 @@ def test_holm_runs_over_all_comparisons(tmp_path: Path) -> None:
     assert all(each["p_holm"] >= each["p"] for each in found["comparisons"])
 
 
+def name_contexts(folder: Path) -> Path:
+    """Write into predictions that every five in a row are on one text, as `context-qa` does."""
+    rows = read_lines(folder / "reviews.jsonl")
+    lines = [json.dumps({**row, "context": f"text {number // 5:03}"}) for number, row in enumerate(rows)]
+    (folder / "reviews.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
+def test_questions_on_one_text_count_as_one_draw(tmp_path: Path) -> None:
+    # Right and wrong by whole texts: the worse one fails at 18 of 60, the better one at 6.
+    worse, better = (make_answers(300, [n for n in range(300) if n // 5 in range(0, 60, step)]) for step in (3, 10))
+    folders = [write_scores(tmp_path / name, each) for name, each in (("a", worse), ("b", better))]
+    (plain,) = compare(*folders)["comparisons"]
+    assert plain["test"] == "exact McNemar"
+    (found,) = compare(name_contexts(folders[0]), name_contexts(folders[1]))["comparisons"]
+    assert found["test"] == "paired bootstrap over texts"
+    names = ("value", "num_items", "only_left", "only_right")
+    assert [found[name] for name in names] == [plain[name] for name in names]
+    # As draws of their own, five questions a text make the interval look shorter by about the root of five.
+    assert (found["high"] - found["low"]) / (plain["high"] - plain["low"]) == pytest.approx(5**0.5, rel=0.1)
+    assert "over texts" in " ".join(call_koat("compare", *folders)[1].split())
+
+
 def test_values_between_zero_and_one_are_bootstrapped(tmp_path: Path) -> None:
     left = {str(n): (n % 7) / 7 for n in range(120)}
     right = {name: min(1.0, value + 0.05 * (int(name) % 3)) for name, value in left.items()}
@@ -107,6 +131,19 @@ def test_runs_that_differ_in_their_seed_are_one_subject(tmp_path: Path) -> None:
     assert comparison["seeds"] == [3, 1]
 
 
+def test_a_run_of_one_seed_is_less_sure_than_a_base_with_the_same_answers(tmp_path: Path) -> None:
+    """A base has no seed; a method of one seed is taken to spread over seeds as the other does."""
+    wrong = [range(0, 300, 10), range(0, 300, 9), range(0, 300, 8)]  # 30, 34 and 38 of 300; the others 75
+    runs = [write_run(tmp_path / f"ia3-{seed}", make_answers(300, each), seed=seed) for seed, each in enumerate(wrong)]
+    base, lora = write_scores(tmp_path / "base", WORSE), write_run(tmp_path / "lora", WORSE, rate=0.5, seed=1)
+    for place in (0, 3):  # whichever side stands first
+        found = [compare(*runs[:place], other, *runs[place:])["comparisons"] for other in (base, lora)]
+        (against_base,), (against_lora,) = found
+        assert against_base["value"] == pytest.approx(against_lora["value"])
+        assert 0 < against_base["p"] < 0.7 * against_lora["p"]
+        assert against_base["high"] - against_base["low"] < 0.9 * (against_lora["high"] - against_lora["low"])
+
+
 def test_what_one_seed_cannot_say_is_said(tmp_path: Path) -> None:
     base = write_scores(tmp_path / "base", WORSE)
     runs = [write_run(tmp_path / f"ia3-{seed}", BETTER, seed=seed) for seed in range(2)]
@@ -119,7 +156,7 @@ def test_what_one_seed_cannot_say_is_said(tmp_path: Path) -> None:
     assert note(base, runs[0])[0].startswith("trained with one seed: ia3-0. ")
     assert note(lora, *runs)[0].startswith("trained with one seed: lora. ")
     assert any(
-        each.startswith("시드 하나로 학습함: ia3-0, lora. ") for each in list_notes(compare(runs[0], lora), "ko")
+        each.startswith("시드 하나로 학습한 대상: ia3-0, lora. ") for each in list_notes(compare(runs[0], lora), "ko")
     )
 
 
@@ -276,7 +313,7 @@ def test_a_mean_of_probabilities_is_said_to_be_one(tmp_path: Path) -> None:
     other = {**THEIRS[1], "name": "third", "value": 0.40}
     found = compare(write_table(tmp_path / "all.yaml", THEIRS[1], other))
     assert any("mc2 is a mean of values" in note for note in list_notes(found))
-    assert any("mc2: 맞힌 비율이 아니라" in note for note in list_notes(found, "ko"))
+    assert any("mc2: 맞힌 문항의 비율이 아니라" in note for note in list_notes(found, "ko"))
 
 
 def test_counts_and_rates_are_the_same_thing(tmp_path: Path) -> None:
@@ -366,12 +403,26 @@ def test_predictions_of_another_evaluation_are_not_taken(tmp_path: Path) -> None
         compare(left, right)
 
 
+def write_at(folder: Path, answers: dict[str, bool], precision: str) -> None:
+    """Write an evaluation whose predictions say under which conditions they were made."""
+    conditions = Parts({**CONDITIONS, "precision": precision})
+    write_scores(folder, answers, conditions=conditions.parts)
+    rows = [{**row, "conditions": conditions.hash} for row in read_lines(folder / "reviews.jsonl")]
+    (folder / "reviews.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
 def test_the_latest_evaluation_counts(tmp_path: Path) -> None:
-    left, right = write_scores(tmp_path / "a", BETTER), write_scores(tmp_path / "b", WORSE)
-    os.replace(left / "reviews.scores.json", left / "earlier.scores.json")
-    os.utime(left / "earlier.scores.json", (1, 1))
-    write_scores(left, LIKE)
-    assert compare(left, right)["columns"][0]["rows"][0]["value"] == pytest.approx(269 / 300)
+    """Both stand whole, each with its own predictions; the earlier one's name is the last."""
+    left, right = tmp_path / "a", write_scores(tmp_path / "b", WORSE)
+    write_at(left, BETTER, "float32")
+    for end in ("scores.json", "jsonl"):
+        os.replace(left / f"reviews.{end}", left / f"viewed.{end}")
+        os.utime(left / f"viewed.{end}", (1, 1))
+    write_at(left, LIKE, "bfloat16")
+    for target, right_answers in ((left / "viewed.scores.json", 270), (left, 269)):
+        found = compare(target, right)
+        assert found["columns"][0]["rows"][0]["value"] == pytest.approx(right_answers / 300)
+        assert found["notes"] == []
 
 
 @pytest.mark.parametrize(
@@ -411,6 +462,15 @@ def test_names_that_are_not_there(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(koat.RunFolderError, match="holds no scores"):
         compare(tmp_path / "empty")
+
+
+def test_only_what_is_named_on_the_command_line_is_compared(tmp_path: Path) -> None:
+    folders = [write_scores(tmp_path / name, answers) for name, answers in (("a", BETTER), ("b", WORSE), ("c", LIKE))]
+    status, out, error = call_koat("compare", *folders, "--only", "a", "--only", "c", "--json")
+    assert status == 0, error
+    found = json.loads(out)
+    assert [subject["name"] for subject in found["subjects"]] == ["a", "c"]
+    assert [(each["left"], each["right"]) for each in found["comparisons"]] == [("a", "c")]
 
 
 def test_one_subject_is_no_comparison(tmp_path: Path) -> None:

@@ -139,9 +139,22 @@ def test_commands_to_copy_are_quoted(
     run = SimpleNamespace(adapter="adapter", read_manifest=lambda: {"result": dict.fromkeys(keys, 1)})
     monkeypatch.setattr("koat.workflows.training.finetune.finetune_run", lambda *_, **__: run)
     run_finetune(plan.cells[1].resolved, plan.out, resume=False, overwrite=False)
-    assert shlex.split(capsys.readouterr().out.split("next: ")[1])[:4] == ["koat", "eval", str(plan.out), "--task"]
+    said = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines() if ": koat " in line)
+    assert shlex.split(said["ask it"]) == ["koat", "ask", str(plan.out)]
+    assert shlex.split(said["measure it, for example"])[:4] == ["koat", "eval", str(plan.out), "--task"]
     with pytest.raises(ConfigError, match=r"koat experiment '.*two words/small\.yaml' base=PATH"):
         plan_small(plan.out / "out", {})
+
+
+def test_tables_come_in_the_language_of_the_report(whole: Outcome, inputs: dict[str, str], tmp_path: Path) -> None:
+    out = shutil.copytree(whole.folder, tmp_path / "out")
+    items = [f"{name}={path}" for name, path in inputs.items()]
+    status, said, error = call_koat(
+        "experiment", whole.folder.parent / "small.yaml", *items, "--out", out, "--language", "ko"
+    )
+    assert status == 0, error
+    for text in (said, (out / "comparison.md").read_text(encoding="utf-8")):
+        assert "대상" in text and "비고" in text and "subject" not in text
 
 
 def test_what_is_done_is_not_done_again(whole: Outcome, inputs: dict[str, str], tmp_path: Path) -> None:
@@ -239,6 +252,16 @@ def test_processes_take_turns_and_say_how_they_ended(
     assert failures["slow-seed1"].startswith("the disk is full (status 2; all of it in ")
     assert sum("begun" in text for text in said) == 5
     assert sum("done" in text for text in said) == 4
+
+
+def test_a_gpu_that_no_process_will_see_is_refused_at_once(
+    inputs: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(experiment_jobs, "start_cell", lambda *_: pytest.fail("a process was started"))
+    model = {"model": {"base": "${base}", "device": "cuda:1"}, "data": {"train": ["${train}"]}}
+    plan = plan_small(tmp_path / "out", inputs, settings=model)
+    with pytest.raises(ConfigError, match=r"base: model\.device=cuda:1.*CUDA_VISIBLE_DEVICES"):
+        experiment_jobs.run_in_processes(plan, plan.cells, 2)
 
 
 # What has changed ----------------------------------------------------------------------------------------------
@@ -466,10 +489,15 @@ def test_two_processes_cannot_work_on_one_cell(inputs: dict[str, str], tmp_path:
 def test_missing_inputs_are_asked_for_together(tmp_path: Path) -> None:
     status, _, error = call_koat("experiment", write_file(tmp_path), "base=nano", "--out", tmp_path / "out")
     assert status == 2
+    assert error.startswith("koat: Two rates\n")
     assert "train  Rows to train on" in error
     assert "test   Reviews to test on" in error
     assert "base=PATH train=PATH test=PATH --out experiments/small" in error
     assert not (tmp_path / "out").exists()
+    status, _, error = call_koat("experiment", "koat-vs-lora")
+    assert status == 2 and "The rates are for the small base that ships" in error and "--out experiments/" in error
+    status, _, error = call_koat("experiment", "koat-vs-lora", "train=a.tsv", "test=b.tsv")
+    assert status == 2 and "--out experiments/koat-vs-lora" in error
 
 
 @pytest.mark.parametrize(
@@ -531,6 +559,28 @@ def test_items_reach_their_places(inputs: dict[str, str], tmp_path: Path) -> Non
     assert (slow.adapter.method, quick.adapter.method) == ("lora", "ia3")
     assert slow.training.max_steps == quick.training.max_steps == 2
     assert slow.training.learning_rate == 1e-3
+
+
+def test_a_variant_s_own_seeds_go_before_the_experiment_s(inputs: dict[str, str], tmp_path: Path) -> None:
+    variants = [SMALL["variants"][0], {**SMALL["variants"][1], "seeds": [7]}, SMALL["variants"][2]]
+    plan = plan_small(tmp_path / "out", inputs, variants=variants)
+    assert [(cell.name, cell.seed) for cell in plan.cells] == [
+        ("base", None), ("slow-seed7", 7), ("quick-seed0", 0), ("quick-seed1", 1)
+    ]  # fmt: skip
+    assert [cell.resolved.settings.training.seed for cell in plan.cells[1:]] == [7, 0, 1]
+    file = str(write_file(tmp_path, variants=variants))
+    with pytest.raises(ConfigError, match="seeds: slow has seeds of its own; change them in the file"):
+        load_experiment(file, inputs, {"seeds": [5]})
+
+
+def test_an_experiment_s_file_goes_before_its_recipe(inputs: dict[str, str], tmp_path: Path) -> None:
+    plan = plan_small(tmp_path / "out", inputs, recipe="kgoat")
+    slow = next(cell.resolved.settings for cell in plan.cells if cell.name == "slow-seed0")
+    # The recipe has polyglot-ko-5.8b, KoAlpaca and steps of 32; the variant has a rate of its own.
+    assert (slow.model.base, slow.data.train) == (inputs["base"], [inputs["train"]])
+    assert (slow.training.batch_size, slow.training.learning_rate) == (4, 1e-3)
+    # What only the recipe says stands.
+    assert (slow.training.activation_checkpointing, slow.data.max_length) == (True, 1024)
 
 
 def test_several_bases_make_a_cell_each(inputs: dict[str, str], tmp_path: Path) -> None:

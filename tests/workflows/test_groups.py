@@ -35,7 +35,7 @@ def test_subjects_asked_the_same_share_a_table_and_seeds_are_averaged() -> None:
         ["QA", "acc", "25", "40", "20.0 % (10.0–30.0)", "27.5 %"],
         ["mean", "of the rows", "", "", "30.0 %", "41.2 %"],
     ]
-    assert list_group_rows(table, "ko")[-1][:2] == ["평균", "위의 줄"]
+    assert list_group_rows(table, "ko")[-1][:2] == ["평균", "위 행들의 평균"]
 
 
 def test_subjects_asked_otherwise_never_stand_in_one_table() -> None:

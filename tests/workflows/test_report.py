@@ -232,6 +232,16 @@ def test_a_published_table_from_the_command_line(tmp_path: Path) -> None:
     assert "with 500 items cannot be told apart from KoAlpaca (about 2,300 would tell)" in page.text
 
 
+def test_only_what_is_named_on_the_command_line_is_on_the_page(tmp_path: Path) -> None:
+    for only, shown in ((["--only", "KoAlpaca", "--only", "K(G)OAT"], False), ([], True)):
+        out = tmp_path / f"{len(only)}.html"
+        status, _, error = call_koat("report", "kgoat", "--out", out, *only)
+        assert status == 0, error
+        page = Page(out)
+        assert "KoAlpaca" in page.text and "K(G)OAT" in page.text
+        assert ("polyglot-ko 55.6" in page.text) == shown
+
+
 def test_what_may_not_be_ranked_is_said_first(tmp_path: Path) -> None:
     places = [
         str(write_scores(tmp_path / name, make_answers(50, wrong), scoring=name, contract={"metric": name}))
@@ -256,4 +266,4 @@ def test_what_is_not_there_is_said(places: list[str], tmp_path: Path) -> None:
 def test_comparisons_speak_korean(places: list[str]) -> None:
     status, said, _ = call_koat("compare", "kgoat", "--language", "ko")
     assert status == 0
-    assert "점수 (95 % 구간)" in said and "구별되지 않음" in said and "비고: " in said and "subject" not in said
+    assert "점수(95 % 구간)" in said and "구별되지 않습니다" in said and "비고: " in said and "subject" not in said

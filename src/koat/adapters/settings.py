@@ -28,8 +28,8 @@ class Ia3Settings(Section):
     reach: Literal["peft", "whole"] = Field(
         "peft",
         description="`whole`: for the projections that targets name, also after the norm that follows them, which "
-        "otherwise cancels a common scale (Qwen3, Gemma 3, OLMo 2), and, with a preset, inside experts (Mixtral, "
-        "Qwen3-MoE; slower on GPUs). Plain PEFT passes these vectors over in silence: merge first.",
+        "otherwise cancels a common scale (Qwen3, Gemma 3, OLMo 2, EXAONE 4), and, with a preset, inside experts "
+        "(Mixtral, Qwen3-MoE; slower on GPUs). Plain PEFT passes these vectors over in silence: merge first.",
     )
     start: str | None = Field(None, description=START)
 
@@ -52,7 +52,7 @@ class LowRankSettings(Section):
 
 
 class LoraSettings(LowRankSettings):
-    """LoRA (Hu et al. 2021), with rsLoRA and DoRA (Liu et al. 2024)."""
+    """LoRA (Hu et al. 2021): a low-rank update beside each chosen linear layer; rsLoRA and DoRA as settings."""
 
     method: Literal["lora"] = "lora"
 

@@ -9,8 +9,20 @@ import click
 
 from koat.cli.front import koat
 
+OWN_TASK = """\b
+A task of your own with labels, tickets.yaml:
+  name: tickets
+  columns: {text: message, label: kind}    # field: column of --data
+  prompt: "문의: {text}\\n종류:"
+  labels: {refund: " 환불", delivery: " 배송"}    # what stands in the column: the answer
+and one with answers that the model writes:
+  kind: answer
+  name: notes
+  columns: {instruction: q, output: a}
+"""
 
-@koat.command("eval")
+
+@koat.command("eval", epilog=OWN_TASK)
 @click.argument("target")
 @click.option(
     "--task",
@@ -19,7 +31,11 @@ from koat.cli.front import koat
     required=True,
     help="koat's or lm-eval's task or group, or a YAML file; repeat it.",
 )
-@click.option("--data", help="File with the items of koat's own tasks.")
+@click.option(
+    "--data",
+    help="File with the items of koat's own tasks: for nsmc-* a table with document and label, for context-qa SQuAD's "
+    "format or a table with context, question and answer, for yours what its `columns` name.",
+)
 @click.option("--shots-from", "shots", help="File from which koat's own tasks draw examples; never the items' own.")
 @click.option(
     "--data-dir",
@@ -32,8 +48,8 @@ from koat.cli.front import koat
 @click.option("--seed", type=click.IntRange(min=0), help="Seed of the shots [the task's].")
 @click.option("--apply-chat-template", "chat_template", is_flag=True, help="Ask lm-eval's tasks in the chat template.")
 @click.option("--base", help="Base model of an adapter, when it is not where it was.")
-@click.option("--device", help="auto, cpu, cuda or cuda:N.")
-@click.option("--dtype", help="Type of the weights: auto, float32, bfloat16, float16.")
+@click.option("--device", help="auto, cpu, cuda or cuda:N [the run's own; auto: a GPU where there is one].")
+@click.option("--dtype", help="Type of the weights: auto, float32, bfloat16, float16 [the run's own; auto].")
 @click.option(
     "--tokens",
     "token_budget",
@@ -42,7 +58,11 @@ from koat.cli.front import koat
     show_default=True,
     help="Tokens that go through the model at once.",
 )
-@click.option("--out", type=click.Path(path_type=Path), help="Folder for predictions and scores.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Folder for predictions and scores [`predictions` in the run; evaluations/NAME for a base].",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def evaluate(
     target: str,
@@ -61,6 +81,7 @@ def evaluate(
     koat eval nano --task nsmc-prompt1 --data test.tsv --shots 0 --limit all
     koat eval runs/ia3 --task nsmc-prompt1 --task nsmc-prompt2 --data test.tsv --shots-from train.tsv
     koat eval runs/ia3 --task context-qa --data KorQuAD_v1.0_dev.json --limit 500
+    koat eval runs/ia3 --task ./tickets.yaml --data tickets_test.csv
     koat eval runs/ia3 --task hellaswag --task mmlu --shots 5
     koat eval runs/ia3 --task leaderboard-2023 --data-dir ./benchmarks --limit 100
 

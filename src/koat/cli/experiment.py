@@ -17,13 +17,15 @@ if TYPE_CHECKING:
 @koat.command()
 @click.argument("file")
 @click.argument("items", nargs=-1, metavar="[INPUT=PATH | KEY=VALUE]...")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the experiment.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder of the experiment; needed.")
 @click.option("--dry-run", is_flag=True, help="Show what is done and what is missing, and stop.")
 @click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Processes at a time.")
 @click.option("--overwrite", multiple=True, metavar="CELL", help="Make this cell again; may be repeated.")
-@click.option("--language", type=click.Choice(["en", "ko"]), default="en", show_default=True, help="Of the report.")
+@click.option(
+    "--language", type=click.Choice(["en", "ko"]), default="en", show_default=True, help="Of tables and report."
+)
 @click.option("--cell", metavar="CELL", help="Do this cell alone, and write no report.")
-def experiment(file: str, items: tuple[str, ...], out: Path, **options: Any) -> None:
+def experiment(file: str, items: tuple[str, ...], out: Path | None, **options: Any) -> None:
     """Run the experiment in FILE (a name that ships, or a YAML file) as far as it is missing, and report.
 
     \b
@@ -35,7 +37,8 @@ def experiment(file: str, items: tuple[str, ...], out: Path, **options: Any) -> 
     koat experiment experiments/reviews/experiment.yaml --out experiments/reviews --language ko
 
     A file names variants, seeds and tasks; every variant is trained with every seed (a cell) and asked the same.
-    INPUT is what the file asks you for. `section.key=value` sets something for all variants,
+    INPUT is what the file asks you for: without any, the command says which, and what the experiment is about.
+    `section.key=value` sets something for all variants,
     `VARIANT.section.key=value` for one, `seeds=[...]` and `evaluate.key=value` replace the file's.
 
     Killed anywhere, the same command goes on. A finished cell whose settings have changed is never mixed in: it is
@@ -44,7 +47,9 @@ def experiment(file: str, items: tuple[str, ...], out: Path, **options: Any) -> 
     """
     from koat.workflows.experiment.file import load_experiment, split_items
 
-    loaded = load_experiment(file, *split_items(items))
+    loaded = load_experiment(file, *split_items(items))  # first: it says which inputs are missing, and what it is about
+    if out is None:
+        raise click.UsageError(f"Say where the experiment belongs: --out experiments/{loaded.name}")
     try:
         run_loaded(loaded, out, **options)
     except KeyboardInterrupt:
@@ -82,4 +87,4 @@ def run_loaded(
         return
     several = partial(run_in_processes, jobs=jobs, overwrite=overwrite, say=click.echo) if jobs > 1 else None
     outcome = run_experiment(plan, overwrite=overwrite, language=language, watch=watch, run_cells=several)
-    print_outcome(outcome.comparison, outcome.report)
+    print_outcome(outcome.comparison, outcome.report, language)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -12,7 +13,9 @@ import click
 from koat.core.errors import KoatError
 from koat.core.quiet import quieten
 
-STOPPED = "\nkoat: stopped. A training run goes on with `koat finetune --resume RUN`."
+STOPPED = "\nkoat: stopped."
+GOES_ON = {"finetune": " The run goes on with `koat finetune --resume RUN`."}
+"""What to do after a command was stopped, by its name."""
 HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
@@ -51,12 +54,24 @@ def read_flags(overrides: tuple[str, ...], named: dict[str, Any]) -> dict[str, A
     return merged
 
 
+def describe_stop() -> str:
+    """Return what is said when a command is stopped."""
+    return STOPPED + GOES_ON.get("".join(sys.argv[1:2]), "")
+
+
+def tolerate_letters() -> None:
+    """Let letters that the terminal's encoding lacks be printed as question marks instead of ending the command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
 def catch_endings() -> None:
     """Let the signals that end a program run its clean-up first: processes that it started must end with it."""
 
     def end(number: int, frame: Any) -> None:
         signal.signal(number, signal.SIG_IGN)  # a second one must not break into the clean-up
-        click.echo(STOPPED, err=True)
+        click.echo(describe_stop(), err=True)
         raise SystemExit(128 + number)
 
     for name in ("SIGTERM", "SIGHUP"):
@@ -71,6 +86,7 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     quieten()  # before any command imports PEFT, and bitsandbytes with it
     catch_endings()
+    tolerate_letters()
     try:
         koat(standalone_mode=False)
     except KoatError as error:
@@ -80,7 +96,7 @@ def main() -> None:
         error.show()
         sys.exit(2)
     except (click.Abort, KeyboardInterrupt):
-        click.echo(STOPPED, err=True)
+        click.echo(describe_stop(), err=True)
         sys.exit(130)
     except BrokenPipeError:
         sys.stderr.close()

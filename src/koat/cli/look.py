@@ -23,19 +23,20 @@ def data() -> None:
     "overrides",
     multiple=True,
     metavar="KEY=VALUE",
-    help="A data setting, e.g. columns='{...}', or a training setting, e.g. training.batch_size=32.",
+    help="A data setting, with or without `data.` (columns='{...}', data.columns='{...}'), or one of training's "
+    "(training.batch_size=32).",
 )
 def inspect(files: tuple[str, ...], base: str, template: str | None, overrides: tuple[str, ...]) -> None:
     """Show rows, token lengths, what overflows, duplicates, and what a forest saves.
 
     \b
     koat data inspect train.json --base ./my-model --template koalpaca-context
-    koat data inspect ratings.tsv --set columns='{instruction: document, output: label}'
+    koat data inspect ratings.tsv --set data.columns='{instruction: document, output: label}'
     koat data inspect questions.csv --template koalpaca-context --set training.batch_size=32
     """
     from koat.workflows.shell import run_inspection
 
-    items = tuple(item if item.startswith("training.") else f"data.{item}" for item in overrides)
+    items = tuple(item if item.startswith(("data.", "training.")) else f"data.{item}" for item in overrides)
     flags = read_flags(items, {"data.template": template})
     run_inspection(list(files), base, flags.get("data", {}), flags.get("training", {}))
 
@@ -51,7 +52,7 @@ def inspect(files: tuple[str, ...], base: str, template: str | None, overrides: 
 def demo(out: Path) -> None:
     """Show it all in a minute or two: plan, train IA3 and LoRA, evaluate, compare.
 
-    Uses the small Korean model and the samples that ship; no network, no GPU.
+    Uses the small Korean model and the samples that ship: needs no network and no GPU (one that PyTorch sees is used).
 
     \b
     koat demo --out my-demo

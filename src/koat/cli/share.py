@@ -82,7 +82,7 @@ def merge(
 
 @koat.command()
 @click.argument("source", type=OUT)
-@click.option("--for", "program", required=True, help="vllm or llama.cpp.")
+@click.option("--for", "program", type=click.Choice(["vllm", "llama.cpp"]), required=True, help="What will serve it.")
 @click.option("--out", type=OUT, required=True, help="Folder to write.")
 @click.option("--adapter", "as_adapter", is_flag=True, help="For vllm: a LoRA adapter as it is, not merged.")
 @click.option("--base", help="Base model of the adapter, when it is not where it was.")

@@ -13,14 +13,21 @@ from koat.cli.front import koat, read_flags
 if TYPE_CHECKING:
     from koat.core.config import Resolved
 
+NEEDED = """\b
+--base, --data and --out are needed, the first two unless a recipe or a file names them.
+A recipe brings a base and settings: koat finetune --recipe kgoat --data my_data.jsonl --out runs/kgoat
+A line of my_data.jsonl:
+  {"instruction": "한국의 수도는 어디인가요?", "input": "", "output": "서울입니다."}
+"""
 
-@koat.command()
+
+@koat.command(epilog=NEEDED)
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--config", type=click.Path(path_type=Path), help="YAML file with settings.")
 @click.option("--recipe", help="A recipe that ships; see `koat list`.")
 @click.option("--base", help="Folder or Hub id of the base model; `nano` ships with koat.")
 @click.option("--data", multiple=True, help="File, folder or Hub id to train on; may be repeated.")
-@click.option("--method", help="Fine-tuning method; `koat list` has them all.")
+@click.option("--method", help="Fine-tuning method [ia3]; `koat list` has them all.")
 @click.option("--out", type=click.Path(path_type=Path), help="Run folder to make.")
 @click.option("--resume", type=click.Path(path_type=Path), help="Go on with the interrupted run in this folder.")
 @click.option("--overwrite", is_flag=True, help="Replace the run that is in --out.")
@@ -40,6 +47,7 @@ def finetune(
     """Fine-tune a base model and leave adapter, metrics and checkpoints in a run folder.
 
     \b
+    koat finetune --base ./my-model --data my_data.jsonl --method lora --out runs/mine
     koat finetune --base nano --data reviews.tsv --method ia3 --out runs/ia3 \\
         data.columns='{instruction: document, output: label}' \\
         data.values='{output: {0: 부정, 1: 긍정}}' training.epochs=3
@@ -69,7 +77,7 @@ def finetune(
 @koat.command()
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--base", help="Folder or Hub id of the base model.")
-@click.option("--method", help="Fine-tuning method; `koat list` has them all.")
+@click.option("--method", help="Fine-tuning method [ia3]; `koat list` has them all.")
 @click.option("--config", type=click.Path(path_type=Path), help="YAML file with settings.")
 @click.option("--recipe", help="A recipe that ships; see `koat list`.")
 @click.option("--fit", metavar="SIZE", help="Say, per method, what trains in this memory: 24GB, 24GiB, 800MB.")

@@ -32,7 +32,7 @@ class RunFolder:
             clean_leftovers(run.path)
             held = run._list_held()
         except FileExistsError:
-            raise RunFolderError(f"{path} is a file; a run needs a folder. Choose another `out`.") from None
+            raise RunFolderError(f"{path} is a file; a run needs a folder. Choose another --out.") from None
         except OSError as error:
             raise cannot_write(run.path, error.errno, error) from error
         if overwrite:
@@ -44,7 +44,7 @@ class RunFolder:
                 if known
                 else "Choose"
             )
-            raise RunFolderError(f"{path} is not empty: it holds {_some(held)}. {instead} another `out`.")
+            raise RunFolderError(f"{path} is not empty: it holds {_some(held)}. {instead} another --out.")
         for entry in (run.manifest, run.adapter, run.metrics, run.checkpoints, run.predictions, run.config):
             remove(entry)
         return run
@@ -55,7 +55,7 @@ class RunFolder:
         run = cls(Path(path))
         held = run._list_held() if run.path.is_dir() else []
         if held and run.config.name not in held:
-            raise RunFolderError(f"{path} holds {_some(held)} and no run to overwrite. Choose another `out`.")
+            raise RunFolderError(f"{path} holds {_some(held)} and no run to overwrite. Choose another --out.")
         return run
 
     @classmethod

@@ -28,12 +28,13 @@ class ModelSettings(Section):
     revision: str | None = Field(None, description="Branch, tag or commit on the Hub.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
-        description="Type of the frozen weights; `auto` takes bfloat16 on CUDA or when quantised, float32 elsewhere.",
+        description="Type of the frozen weights; `auto` takes bfloat16 on CUDA or when quantised, float32 elsewhere. "
+        "Full fine-tuning brings float32.",
     )
     quantisation: Quantisation = Field(
         "none",
         description="Linear layers in 8 bit (LLM.int8()), 4 bit (NF4), or 4 bit with their scales quantised too; "
-        "they compute in `dtype`.",
+        "they compute in `dtype`. QLoRA brings nf4-double.",
     )
     device: str = Field("auto", description="`auto`, `cpu`, `cuda` or `cuda:N`.")
     layout: Literal["auto", "forest", "padded"] = Field(
@@ -129,7 +130,13 @@ class TrainingSettings(Section):
     batch_size: Positive = Field(16, description="Examples per optimizer step, over all processes.")
     epochs: float = Field(1.0, gt=0, description="Passes over the training data; ignored when max_steps is set.")
     max_steps: Positive | None = Field(None, description="Optimizer steps; overrides epochs.")
-    learning_rate: float = Field(1e-3, gt=0, description="Peak learning rate; each method brings its own default.")
+    learning_rate: float = Field(
+        1e-3,
+        gt=0,
+        description="Peak learning rate. The defaults: ia3 5e-3, lora and qlora 2e-4, prefix and prompt 1e-2, p_tuning "
+        "1e-3, full 2e-5. They suit a billion parameters and more; small models want about ten times that.",
+        json_schema_extra={"shown": "(by method)"},
+    )
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="Shape after the warm-up.")
     warmup: Fraction = Field(0.05, description="Share of the steps over which the learning rate rises.")
     optimizer: Literal["adamw", "adamw-8bit", "adamw-paged"] = Field(

@@ -44,7 +44,7 @@ def read_stored(path_or_id: str) -> Iterator[RawRow]:
     try:
         table = _load(name)
     except ImportError as error:
-        raise DataError(f"{name}: cannot be read: {error}. Install it: pip install datasets") from None
+        raise DataError(f"{name}: cannot be read: {error}. Install it: pip install 'koat[data]'") from None
     except Exception as error:  # the library and its file systems raise every kind
         if not Path(name).exists():
             reason = str(error).strip().split("\n")[0]

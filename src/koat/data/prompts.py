@@ -19,6 +19,7 @@ __all__ = [
     "BUILTIN_TEMPLATES",
     "PromptTemplate",
     "Segment",
+    "describe_template",
     "from_mapping",
     "list_templates",
     "resolve_template",
@@ -88,6 +89,15 @@ BUILTIN_TEMPLATES: dict[str, PromptTemplate] = {
     for template in (KOALPACA, KOALPACA_CONTEXT, KOALPACA_QUESTION_FIRST, KOAT, ALPACA, ChatTemplate("chat"))
 }
 
+DESCRIPTIONS = {
+    "koalpaca": "KoAlpaca's: ### 질문, ### 맥락 (where a row has one), ### 답변; the default",
+    "koalpaca-context": "the same with the context first, so that questions on one text share it",
+    "koalpaca-question-first": "koalpaca for rows that must all have a context",
+    "koat": "nothing but the context, the instruction and 정답:",
+    "alpaca": "Stanford Alpaca's English prompts, word for word",
+    "chat": "the chat template that comes with the base model's tokenizer",
+}
+
 
 def resolve_template(
     setting: str | TemplateSettings | Sequence[str | TemplateSettings],
@@ -111,11 +121,16 @@ def list_templates() -> list[str]:
     return list(BUILTIN_TEMPLATES)
 
 
+def describe_template(name: str) -> str:
+    """Return what a shipped template looks like, in half a sentence."""
+    return DESCRIPTIONS[name]
+
+
 def _resolve_one(setting: str | TemplateSettings) -> PromptTemplate:
     if isinstance(setting, TemplateSettings):
         return TextTemplate(setting.name, (setting.prompt,), setting.response)
     if setting not in BUILTIN_TEMPLATES:
-        hint = "; a template of your own is given as template.prompt=..." if "{" in setting else ""
+        hint = "; a template of your own is given as data.template.prompt=..." if "{" in setting else ""
         raise DataError(
             f"unknown template {setting!r}{suggest(setting, BUILTIN_TEMPLATES)}; "
             f"there are: {', '.join(BUILTIN_TEMPLATES)}{hint}"

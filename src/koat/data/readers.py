@@ -165,7 +165,7 @@ def _refuse_format(name: str, found: str, format: str) -> str:
     asked = "is in no format that koat knows" if format == "auto" else f"is not in the format {format!r}"
     return (
         f"{name}: {asked}; {found}. The formats are:\n{describe_formats()}\n"
-        "Map columns (columns: {instruction: question, output: answer}) or name a format (format: table)"
+        "Map columns (data.columns='{instruction: question, output: answer}') or name a format (data.format=table)"
     )
 
 
@@ -216,7 +216,7 @@ class _Collector:
 
     def _refuse(self, message: str) -> None:
         if not self.skip:
-            raise DataError(f"{message}. Correct the row, or set on_bad_row=skip to leave broken rows out")
+            raise DataError(f"{message}. Correct the row, or set data.on_bad_row=skip to leave broken rows out")
         self.bad_rows.append(message)
 
 

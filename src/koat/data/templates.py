@@ -152,9 +152,9 @@ class TextTemplate(PromptTemplate):
     def _explain_missing(self, name: str, record: Record) -> str:
         has = ", ".join(record.fields) or "no fields"
         if record.turns:
-            advice = f"The row is a conversation of {len(record.turns)} messages: template=chat renders those"
+            advice = f"The row is a conversation of {len(record.turns)} messages: data.template=chat renders those"
         else:
-            advice = f"Map a column to it (columns: {{{name}: COLUMN}}) or choose another template"
+            advice = f"Map a column to it (data.columns='{{{name}: COLUMN}}') or choose another data.template"
         return (
             f"template {self.name!r} needs the field {name!r}{suggest(name, record.fields)}, which the row "
             f"{record.source or 'given'} does not have; it has: {has}. {advice}"

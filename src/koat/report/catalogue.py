@@ -52,6 +52,8 @@ def print_catalogue(schema: type[Section], prefix: str) -> None:
 
 def _show_default(field: FieldInfo) -> str:
     default = field.get_default(call_default_factory=True)
+    if isinstance(field.json_schema_extra, dict) and "shown" in field.json_schema_extra:
+        return str(field.json_schema_extra["shown"])  # the value itself is decided elsewhere
     return "(needed)" if default is PydanticUndefined else show_value(default)
 
 

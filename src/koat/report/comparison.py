@@ -9,7 +9,15 @@ from typing import Any
 
 from koat.evaluation.published import COUNTED
 from koat.report.groups import list_group_rows, list_headings, title_group
-from koat.report.sentences import say_comparison, say_conditions, say_reasons, say_refusal, say_smallest
+from koat.report.sentences import (
+    name_subject,
+    say_comparison,
+    say_conditions,
+    say_note,
+    say_reasons,
+    say_refusal,
+    say_smallest,
+)
 from koat.report.tables import format_score, make_console, make_table, print_table
 from koat.report.words import Language, say
 
@@ -56,7 +64,7 @@ def list_rows(
 
 def _show_row(row: Mapping[str, Any], language: Language) -> Iterator[str]:
     spread, num_seeds = row.get("spread"), len(row["values"])
-    yield row["subject"]
+    yield name_subject(row["subject"], language)
     yield format_score(dict(row)) + ("" if row["meaningful"] else f"  {say('not_meaningful_short', language)}")
     yield f"{row['num_items']:,}"
     yield str(num_seeds) if num_seeds > 1 else ""
@@ -89,7 +97,7 @@ def say_whole(comparison: Mapping[str, Any], num_comparisons: int, language: Lan
 def list_notes(found: Mapping[str, Any], language: Language = "en") -> list[str]:
     """Return what a reader must know beside the figures."""
     rows = [(column, row) for column in found["columns"] for row in column["rows"]]
-    notes = list(found["notes"])
+    notes = [say_note(note, language) for note in found["notes"]]
     means = sorted({column["metric"] for column, row in rows if not row["by_item"] and column["metric"] not in COUNTED})
     notes += [say("note_mean", language, name=name) for name in means]
     alone = dict.fromkeys(row["subject"] for _, row in rows if len(row["seeds"]) == 1 and row["seeds"] != [None])
@@ -97,7 +105,8 @@ def list_notes(found: Mapping[str, Any], language: Language = "en") -> list[str]
         notes.append(say("note_one_seed", language, names=", ".join(alone)))
     mixed = {row["subject"]: row["mixed_conditions"] for _, row in rows if row["mixed_conditions"]}
     for name, reasons in mixed.items():
-        notes.append(say("note_mixed", language, name=name, reasons=say_reasons(reasons.values(), language)))
+        named = name_subject(name, language)
+        notes.append(say("note_mixed", language, name=named, reasons=say_reasons(reasons.values(), language)))
     if any(not comparison["paired"] for comparison in found["comparisons"]):
         notes.append(say("note_unpaired", language))
     if any("spread" in row for _, row in rows):

@@ -9,6 +9,7 @@ from typing import Any
 from koat.report.comparison import print_comparison
 from koat.report.progress import ProgressLine, TrainingDisplay
 from koat.report.tables import make_table, print_table
+from koat.report.words import Language
 
 
 def print_cells(rows: Sequence[Mapping[str, Any]]) -> None:
@@ -45,9 +46,9 @@ class ExperimentDisplay:
         self._items.setdefault((cell, task), ProgressLine(f"{cell}: {task}")).update(done, total)
 
 
-def print_outcome(comparison: Mapping[str, Any], report: Path | None) -> None:
+def print_outcome(comparison: Mapping[str, Any], report: Path | None, language: Language = "en") -> None:
     """Print the comparison and where the report is."""
     if comparison:
-        print_comparison(comparison)
+        print_comparison(comparison, language)
     if report is not None:
         print(f"report: {report}")

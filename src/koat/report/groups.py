@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from koat.report.sentences import name_subject
 from koat.report.tables import format_score
 from koat.report.words import Language, say
 
@@ -21,7 +22,7 @@ def title_group(table: Mapping[str, Any], language: Language = "en") -> str:
 
 def list_headings(table: Mapping[str, Any], language: Language = "en") -> list[str]:
     """Return the headings of a table."""
-    return [*(say(name, language) for name in HEADINGS), *table["subjects"]]
+    return [*(say(name, language) for name in HEADINGS), *(name_subject(name, language) for name in table["subjects"])]
 
 
 def list_group_rows(table: Mapping[str, Any], language: Language = "en") -> list[list[str]]:

@@ -8,6 +8,7 @@ import os
 import shlex
 import sys
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,13 +54,20 @@ def run_finetune(resolved: Resolved[Any], out: Path, *, resume: bool, overwrite:
         f"peak memory {format_bytes(result['peak_bytes'])}"
     )
     print(f"kept the adapter of step {result['kept_step']} in {run.adapter}")
-    print(f"next: koat eval {shlex.quote(str(out))} {suggest_task(manifest.get('examples', {}))}")
+    print(f"ask it: koat ask {shlex.quote(str(out))}")
+    print(f"measure it, for example: koat eval {shlex.quote(str(out))} {suggest_task(manifest)}")
+    print("(`koat list` names the tasks that ship, `koat eval --help` shows a YAML file for one of your own)")
 
 
-def suggest_task(examples: dict[str, Any]) -> str:
-    """Return the options of an evaluation that suits what was trained on: questions on texts, or choices."""
-    on_texts = examples.get("groups", 0) > 0
-    return "--task context-qa --data FILE" if on_texts else "--task nsmc-prompt1 --data FILE --shots-from FILE"
+def suggest_task(manifest: Mapping[str, Any]) -> str:
+    """Return the options of an evaluation that suits what was trained on: its own prompts, or questions on texts."""
+    from koat.evaluation.catalogue import list_tasks
+
+    prompts = [each["name"] for each in manifest.get("templates", ()) if each.get("name") in list_tasks()]
+    if prompts:
+        return f"--task {prompts[0]} --data FILE --shots-from FILE"
+    on_texts = manifest.get("examples", {}).get("groups", 0) > 0
+    return "--task context-qa --data FILE" if on_texts else "--task mine.yaml --data FILE"
 
 
 def run_evaluation(
@@ -120,7 +128,7 @@ def run_questions(
         resolve_template(template)  # before the model is loaded: a wrong name costs nothing
     texts = {**fields, **({"context": read_text(context).strip()} if context else {})}
     alone = not questions and sys.stdin.isatty()
-    given = questions or ([] if alone else [line for line in sys.stdin.read().splitlines() if line.strip()])
+    given = questions or ([] if alone else read_questions())
     if not given and not alone:
         raise ConfigError("there is no question: give one after the model, or a line each on standard input.")
     settings = resolve(ModelSettings, [Layer("flag", {"base": "", **loading})]).settings if loading else None
@@ -149,11 +157,17 @@ def print_answers(questions: list[str], answers: list[Answer], as_json: bool) ->
         print(f"{num_cut} of {len(answers)} answers cut at the longest allowed (--max-new-tokens)", file=sys.stderr)
 
 
+def read_questions() -> list[str]:
+    """Return the lines of standard input that hold something, without the byte-order mark of a file."""
+    return [line for line in sys.stdin.read().removeprefix("\ufeff").splitlines() if line.strip()]
+
+
 def read_question() -> str:
-    """Return a line from the terminal; empty at its end."""
+    """Return a line from the terminal; empty at its end, or where it is stopped."""
     try:
         return input("? ").strip()
-    except EOFError:
+    except (EOFError, KeyboardInterrupt):
+        print(file=sys.stderr)  # what follows begins on a line of its own
         return ""
 
 
@@ -180,14 +194,16 @@ def run_demo(out: Path) -> None:
 def run_listing() -> None:
     """Print methods, recipes, experiments, tasks and templates by name."""
     from koat.adapters.methods import METHODS
-    from koat.data.prompts import list_templates
+    from koat.data.prompts import describe_template, list_templates
     from koat.evaluation.catalogue import list_tasks, load_task
     from koat.workflows.config import describe_recipe, list_recipes
     from koat.workflows.experiment.file import describe_experiment, list_experiments
 
-    rows = [("method", name, method.title) for name, method in METHODS.items()]
+    rows = [
+        ("method", name, (method.settings.__doc__ or method.title).split("\n")[0]) for name, method in METHODS.items()
+    ]
     rows += [("recipe", name, describe_recipe(name)) for name in list_recipes()]
     rows += [("experiment", name, describe_experiment(name)) for name in list_experiments()]
     rows += [("task", name, load_task(name).title.en) for name in list_tasks()]
-    rows += [("template", name, "") for name in list_templates()]
+    rows += [("template", name, describe_template(name)) for name in list_templates()]
     print_table(make_table("", ("kind", "name", "what it is"), rows, numeric=9))

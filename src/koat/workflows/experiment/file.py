@@ -198,7 +198,8 @@ def ask_for(experiment: Experiment, name_or_path: str, missing: Mapping[str, str
     lines = [f"  {name:<{width}}  {text}" for name, text in missing.items()]
     given = " ".join(f"{name}=PATH" for name in experiment.inputs)
     example = f"koat experiment {shlex.quote(name_or_path)} {given} --out experiments/{experiment.name}"
-    return "\n".join([f"{experiment.name} needs to know:", *lines, f"For example: {example}"])
+    about = [text for text in (experiment.title.en, experiment.description.en) if text]
+    return "\n".join([*about, f"{experiment.name} needs to know:", *lines, f"For example: {example}"])
 
 
 def settle_path(value: str) -> str:

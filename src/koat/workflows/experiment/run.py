@@ -204,7 +204,7 @@ def finish_experiment(plan: ExperimentPlan, language: Literal["en", "ko"], say: 
         say(f"! nothing to compare: {error}")
     if found:
         write_text(plan.out / "comparison.csv", to_csv(found))
-        write_text(plan.out / "comparison.md", to_markdown(found))
+        write_text(plan.out / "comparison.md", to_markdown(found, language))
     report = None
     try:
         report = write_experiment_report(plan, names, language, getattr(title, language) or plan.experiment.name)
