@@ -63,10 +63,11 @@ def test_the_mean_of_one_adapter_with_itself_is_that_adapter(make_model, randomi
             torch.testing.assert_close(mean(input_ids=IDS).logits, expected, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("rslora_first", [False, True])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_lora_averages_updates_not_factors(make_model, randomise, tmp_path, family) -> None:
+def test_lora_averages_updates_not_factors(make_model, randomise, tmp_path, family, rslora_first) -> None:
     """Ranks and scalings differ; merged weights of the mean are the mean of the merged weights."""
-    settings = [LoraSettings(r=2, alpha=8), LoraSettings(r=5, alpha=4, rslora=True)]
+    settings = [LoraSettings(r=2, alpha=8), LoraSettings(r=5, alpha=4, rslora=True)][:: -1 if rslora_first else 1]
     found = [save(make_model, randomise, tmp_path / str(n), each, n, family) for n, each in enumerate(settings)]
     mean = open_average(make_model, found, tmp_path / "mean", family).merge_and_unload()
     merged = [restore_adapter(make_model(family), tmp_path / str(n)).merge_and_unload() for n in range(2)]
@@ -126,7 +127,18 @@ def test_dora_has_no_low_rank_mean(make_model, randomise, tmp_path) -> None:
         average_adapters(found)
 
 
-@pytest.mark.parametrize("more", [{"target_parameters": ["mlp.experts.down_proj"]}, {"init_lora_weights": "pissa"}])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"target_parameters": ["mlp.experts.down_proj"]},
+        {"init_lora_weights": "pissa"},
+        {"alpha_pattern": {"k_proj": 32}},
+        {"rank_pattern": {"k_proj": 4}},
+        {"lora_bias": True},
+        {"modules_to_save": ["lm_head"]},
+    ],
+    ids=lambda more: next(iter(more)),
+)
 def test_what_is_no_plain_low_rank_update_has_no_mean(make_model, randomise, tmp_path, more) -> None:
     found = [save(make_model, randomise, tmp_path / str(n), LoraSettings(), n) for n in range(2)]
     with pytest.raises(AdapterError, match=f"more than a plain low-rank update .*{next(iter(more))}"):

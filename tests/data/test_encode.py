@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 from typing import Any
@@ -13,7 +14,8 @@ from koat.core.settings import TemplateSettings
 from koat.data.encode import encode_prompt, encode_records
 from koat.data.prompts import resolve_template
 from koat.data.records import Record, Turn
-from koat.data.tokens import encode_continuations, find_opening
+from koat.data.tokens import encode_continuations, find_opening, tokenise
+from tests.data.conftest import wrap
 
 TOKENIZERS = ("plain", "with_bos", "sentencepiece", "chatml")
 RECORDS = [
@@ -72,6 +74,18 @@ def test_byte_level_text_comes_back_to_the_letter(plain: Any) -> None:
     for record, sequence in zip(RECORDS, found.sequences, strict=True):
         expected = f"{template.render_prompt(record)} {record.fields['output']}<|endoftext|>"
         assert plain.decode(sequence.token_ids, clean_up_tokenization_spaces=False) == expected
+
+
+def test_a_text_that_melts_into_the_break_changes_no_other(sentencepiece: Any) -> None:
+    """A tokenizer to which two line breaks are one token: nothing can be cut off a text that begins with one."""
+    core = copy.deepcopy(sentencepiece.backend_tokenizer)
+    melting = wrap(core, unk_token="<unk>")
+    melting.add_tokens(["\n\n"])
+    texts = ["서울", "\n긍정", " 서울"]
+    found = encode_continuations(texts, melting)
+    assert found == [encode_continuations([text], melting)[0] for text in texts]
+    assert found[1] == tokenise(texts, melting)[1]
+    assert [melting.convert_ids_to_tokens(ids)[0][0] for ids in (found[0], found[2])] == ["서", "▁"]
 
 
 def test_opening_tokens(plain: Any, with_bos: Any, sentencepiece: Any) -> None:

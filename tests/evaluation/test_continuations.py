@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from koat.evaluation.continuations import Ending, continue_prompts
+from koat.evaluation.continuations import Ending, continue_prompts, list_end_tokens
+from koat.forest.score import make_padded
 from koat.forest.verify import verify_layout
 from tests.evaluation.conftest import VOCABULARY
 
@@ -41,3 +43,57 @@ def test_greedy_text_does_not_depend_on_neighbours(make_model, tokenizer, family
     assert found.token_ids == [write_singly(model, prompt) for prompt in prompts]
     assert sum(done) == len(prompts)
     assert found.num_tokens == sum(map(len, prompts)) + len(prompts) * (NUM_NEW - 1)
+
+
+def retell(tokenizer: Any, **tokens: int | None) -> Any:
+    """Return the tokenizer with other special tokens."""
+    other = copy.copy(tokenizer)
+    other.__class__ = type("Other", (type(tokenizer),), tokens)
+    return other
+
+
+@pytest.mark.parametrize("grows", [True, False])
+def test_a_model_stops_at_the_token_that_it_was_trained_to_end_with(make_model, tokenizer, grows) -> None:
+    """The tokenizer's, beside those that its settings of generation name."""
+    model = make_model("llama", vocab_size=VOCABULARY)
+    layout = verify_layout(model)[0] if grows else make_padded()
+    prompts = draw_prompts(8, 12)
+    whole = [write_singly(model, prompt) for prompt in prompts]
+    own, trained = whole[0][3], whole[1][2]
+    model.generation_config.eos_token_id = own
+    other = retell(tokenizer, eos_token_id=trained)
+    assert list_end_tokens(model, other) == {own, trained}
+    passes: list[int] = []
+    handle = model.register_forward_hook(lambda *given: passes.append(1))
+    found = continue_prompts(model, layout, other, prompts, Ending((), NUM_NEW, {})).token_ids
+    handle.remove()
+    ends = [min(ids.index(end) for end in (own, trained) if end in ids) for ids in whole]
+    assert found == [ids[: end + 1] for ids, end in zip(whole, ends, strict=True)]
+    assert max(map(len, found)) < NUM_NEW and (grows or len(passes) == max(map(len, found))), "nobody writes on"
+
+
+def test_padding_is_a_token_that_the_model_knows(make_model, tokenizer) -> None:
+    model = make_model("llama", vocab_size=VOCABULARY)
+    other = retell(tokenizer, pad_token_id=VOCABULARY, unk_token_id=VOCABULARY + 1)
+    prompts = draw_prompts(8, 12)
+    found = continue_prompts(model, make_padded(), other, prompts, Ending((), NUM_NEW, {}))
+    assert found.token_ids == [write_singly(model, prompt) for prompt in prompts]
+
+
+def test_beams_stop_at_texts_as_well(make_model, tokenizer) -> None:
+    """They are more than the prompts, and change places: each prompt's is what it has when it is asked alone."""
+    model = make_model("llama", vocab_size=VOCABULARY)
+    model.generation_config.num_beams = 2
+    layout, prompts = verify_layout(model)[0], draw_prompts(8, 12, 20)
+
+    def write(asked: list[tuple[int, ...]], *until: str) -> list[tuple[int, ...]]:
+        return continue_prompts(model, layout, tokenizer, asked, Ending(until, NUM_NEW, {})).token_ids
+
+    whole = write(prompts)
+    stop = tokenizer.decode(whole[0][2:3])
+    found = write(prompts, stop)
+    assert found == [write([prompt], stop)[0] for prompt in prompts]
+    assert any(len(ids) < NUM_NEW for ids in found)
+    for ids in found:
+        assert stop in tokenizer.decode(ids) or len(ids) == NUM_NEW
+        assert stop not in tokenizer.decode(ids[:-1])

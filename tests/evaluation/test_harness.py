@@ -56,7 +56,8 @@ def make_both(model: Any, tokenizer: Any, batch_size: int = 3, **options: Any) -
     theirs = copy.deepcopy(model)
     theirs.config._attn_implementation = "sdpa"
     max_length = options.get("max_length")
-    peer = HFLM(theirs, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size, max_length=max_length)
+    given = {name: options[name] for name in ("add_bos_token", "prefix_token_id") if name in options}
+    peer = HFLM(theirs, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size, max_length=max_length, **given)
     return KoatLM(model, layout, copy.deepcopy(tokenizer), HarnessOptions(**options)), peer
 
 
@@ -101,6 +102,23 @@ def test_texts_are_cut_into_tokens_as_the_harness_cuts_them(
         assert koat.tok_encode(context, add_special_tokens=True) == peer.tok_encode(context, add_special_tokens=True)
     requests = ask("loglikelihood", *PAIRS)
     compare(koat.loglikelihood(requests, disable_tqdm=True), peer.loglikelihood(requests, disable_tqdm=True))
+
+
+@pytest.mark.parametrize("which", ["tokenizer", "opening_tokenizer"])
+@pytest.mark.parametrize("options", [{"add_bos_token": True}, {"add_bos_token": False}, {"prefix_token_id": 77}])
+def test_how_a_text_opens_is_chosen_as_the_harness_has_it(
+    options: dict[str, Any], which: str, request: pytest.FixtureRequest, make_model: Callable[..., Any]
+) -> None:
+    tokenizer = request.getfixturevalue(which)
+    koat, peer = make_both(make_model("llama", vocab_size=VOCABULARY), tokenizer, max_length=CONTEXT, **options)
+    assert koat.prefix_token_id == peer.prefix_token_id == options.get("prefix_token_id", tokenizer.bos_token_id)
+    for text in (*PROMPTS, tokenizer.decode(peer.prefix_token_id) + "문장"):
+        assert koat.tok_encode(text) == peer.tok_encode(text)
+    texts = [("", "감독은 반성하자"), ("배우들 연기", " 굿"), (SHOTS, " 긍정")]
+    pairs, rolling = ask("loglikelihood", *texts), ask("loglikelihood_rolling", *[(text,) for text in ROLLING])
+    compare(koat.loglikelihood(pairs, disable_tqdm=True), peer.loglikelihood(pairs, disable_tqdm=True))
+    found, expected = (each.loglikelihood_rolling(rolling, disable_tqdm=True) for each in (koat, peer))
+    assert found == pytest.approx(expected, abs=2e-3, rel=1e-6)
 
 
 def test_greedy_flags_are_the_harness_own(both: tuple[KoatLM, HFLM]) -> None:

@@ -79,6 +79,18 @@ def test_the_smallest_difference_of_a_comparison() -> None:
     assert counts.count_needed() == 1462
 
 
+def test_unequal_numbers_of_items_count_by_the_variance_they_bring() -> None:
+    # 332 of 500 and 1424 of 2000: a share's variance is counted 1/500 + 1/2000 times, as with 800 and 800.
+    smallest = compare_counts(332, 500, 1424, 2000).find_smallest()
+    assert smallest is not None
+    low, high, weight = 0.336, 0.336 + smallest, 1 / 500 + 1 / 2000
+    middle = (low + high) / 2
+    without = 1.959964 * (middle * (1 - middle) * weight) ** 0.5
+    shown = 0.841621 * ((low * (1 - low) + high * (1 - high)) / 2 * weight) ** 0.5
+    assert smallest == pytest.approx(without + shown, rel=1e-5)
+    assert compare_counts(1424, 2000, 332, 500).find_smallest() == pytest.approx(smallest, rel=0.05)
+
+
 def test_seeds_bound_what_any_number_of_items_can_show() -> None:
     # Items of deviation 0.3, very many seeds that bring a variance of 1e-4 to the difference whatever the items:
     # (1.959964 + 0.841621) * sqrt(0.09 / 5000 + 1e-4) = 2.801585 * 0.010863 = 0.030433.

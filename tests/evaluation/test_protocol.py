@@ -74,6 +74,18 @@ def test_many_items_are_tokenised_as_one_would_be(reviews: dict[str, str], token
     assert together == [next(encode_requests(FIRST, [item], [SHOTS], tokenizer)) for item in items]
 
 
+def test_each_item_of_a_later_block_has_its_own_shots(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("koat.evaluation.protocol.BLOCK", 7)
+    items = [make_item(f"q{number}", f"영화 {number}", number % 2) for number in range(16)]
+    shots = [[make_item(f"s{number}", f"예시 {number}", number // 2 % 2)] for number in range(16)]
+    requests = list(encode_requests(FIRST, items, shots, tokenizer))
+    assert [(each.item_id, each.shot_ids) for each in requests] == [(f"q{n}", (f"s{n}",)) for n in range(16)]
+    for number, request in enumerate(requests):
+        word = ("부정", "긍정")[number // 2 % 2]
+        text = f"문장: 예시 {number}\n감정: {word}\n문장: 영화 {number}\n감정:"
+        assert list(request.context_ids) == tokenizer(text).input_ids
+
+
 def test_long_items_are_kept_out_and_listed(tokenizer: Any) -> None:
     long = make_item("long", "아주 " * 200, 0)
     length = 2 + len(tokenizer(render_context(FIRST, ITEM, SHOTS)).input_ids)

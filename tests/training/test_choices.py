@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -74,6 +75,47 @@ def test_loss_and_gradient_are_the_formulas(
             assert loss == pytest.approx(float(expected.detach()), rel=1e-5)
             far = sum(float((w.grad - g).square().sum()) for w, g in zip(trained, gradients, strict=True))
             assert far**0.5 < 1e-5 * sum(float(gradient.square().sum()) for gradient in gradients) ** 0.5
+
+
+def pretend_process(rank: int, accelerator: Any) -> Any:
+    """Return one of two processes that each keep their own part of what is summed: the parts add up outside."""
+    return SimpleNamespace(
+        num_processes=2,
+        process_index=rank,
+        device=accelerator.device,
+        autocast=accelerator.autocast,
+        reduce=lambda tensor, reduction: tensor if reduction == "sum" else tensor / 2,
+    )
+
+
+@pytest.mark.parametrize(("unlikelihood", "choice_loss"), [(0.0, 0.0), (0.5, 2.0)])
+@pytest.mark.parametrize("method", METHODS)
+def test_the_parts_of_two_processes_add_up_to_the_whole_step(
+    method: str,
+    unlikelihood: float,
+    choice_loss: float,
+    make_model: Callable[..., Any],
+    make_settings: Callable[..., Any],
+    randomise: Callable[..., None],
+    accelerator: Any,
+) -> None:
+    """The first has six of ten supervised tokens and one of three choices: no count of its own is half the step's."""
+    model = attach_adapter(make_model("llama"), METHODS[method])
+    randomise(model, spread=0.1)
+    expected = compute_loss(model.get_base_model(), unlikelihood, choice_loss)
+    expected.backward()
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    gradients = [weight.grad.clone() for weight in trained]
+    settings = make_settings(unlikelihood=unlikelihood, choice_loss=choice_loss)
+    layout, _ = verify_layout(model)
+    losses, parts = [], []
+    for rank in (0, 1):
+        model.zero_grad()
+        losses.append(accumulate_gradients(model, EXAMPLES, layout, settings, pretend_process(rank, accelerator))[0])
+        parts.append([weight.grad.clone() for weight in trained])
+    assert sum(losses) == pytest.approx(float(expected.detach()), rel=1e-5)
+    far = sum(float((a + b - g).square().sum()) for a, b, g in zip(*parts, gradients, strict=True))
+    assert far**0.5 < 1e-5 * sum(float(gradient.square().sum()) for gradient in gradients) ** 0.5
 
 
 def test_both_passes_draw_the_same_dropout(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +18,8 @@ from koat.core.sequence import Sequence, supervise_from
 from koat.core.settings import TrainingSettings
 from koat.forest.score import Layout, cut_sequences, make_padded
 from koat.forest.verify import verify_layout
-from koat.training.loop import accumulate_gradients, measure_loss, schedule_rate, train
+from koat.training.checkpoint import TrainingState
+from koat.training.loop import Fence, accumulate_gradients, measure_loss, plan_training, schedule_rate, train
 from koat.training.sampler import plan_steps
 from koat.workflows.training.prepare import enable_checkpointing
 
@@ -304,6 +306,86 @@ def test_a_validation_loss_that_is_no_number_ends_the_run(
             attach_adapter(make_model("llama"), METHODS["ia3"][0]), examples, layout, settings,
             accelerator=accelerator, validate=lambda model: next(scores),
         )  # fmt: skip
+
+
+def test_a_training_loss_that_is_no_number_ends_the_run_before_anything_moves(
+    make_model: Callable[..., Any],
+    make_settings: Callable[..., Any],
+    examples: list[Sequence],
+    layout: Layout,
+    accelerator: Any,
+) -> None:
+    model = attach_adapter(make_model("llama"), METHODS["ia3"][0])
+    model.get_base_model().model.norm.weight.data.fill_(math.nan)
+    start = {name: tensor.clone() for name, tensor in read_adapter_state(model).items()}
+    records: list[Any] = []
+    with pytest.raises(TrainingError, match="Step 1: loss nan"):
+        train(model, examples, layout, make_settings(), accelerator=accelerator, on_step=records.append)
+    assert start and not records
+    assert all(torch.equal(start[name], tensor) for name, tensor in read_adapter_state(model).items())
+
+
+def test_the_guard_is_told_where_a_pass_begins_and_its_remarks_are_recorded(
+    make_model: Callable[..., Any],
+    make_settings: Callable[..., Any],
+    examples: list[Sequence],
+    layout: Layout,
+    accelerator: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[tuple[int, bool]] = []
+    judged: list[tuple[float, float]] = []
+
+    def judge(guard: Any, step: int, loss: float, gradient_norm: float, starts_epoch: bool) -> str:
+        seen.append((step, starts_epoch))
+        judged.append((loss, gradient_norm))
+        return f"about step {step}"
+
+    monkeypatch.setattr("koat.training.guard.LossGuard.judge", judge)
+    records: list[Any] = []
+    settings = make_settings(batch_size=4, max_steps=5)
+    model = attach_adapter(make_model("llama"), METHODS["ia3"][0])
+    train(model, examples[:8], layout, settings, accelerator=accelerator, on_step=records.append)
+    # Eight examples, four to a step: the third step begins the second pass, the fifth the third.
+    assert seen == [(1, False), (2, False), (3, True), (4, False), (5, True)]
+    assert [(record.loss, record.gradient_norm) for record in records] == judged
+    assert [record.remark for record in records] == [f"about step {step}" for step in (1, 2, 3, 4, 5)]
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "options", "validated", "saved"),
+    [
+        (40, {}, [*range(4, 41, 4)], [*range(4, 41, 4)]),
+        (25, {"validate_every": 10}, [10, 20, 25], [10, 20, 25]),
+        (3, {}, [1, 2, 3], [1, 2, 3]),
+        (29, {"validate_every": 8, "save_every": 9}, [8, 16, 24, 29], [9, 18, 27, 29]),
+        (12, {"save_every": 100}, [*range(1, 13)], [12]),
+    ],
+)
+def test_a_run_is_validated_and_saved_where_the_settings_say_and_at_its_end(
+    num_steps: int,
+    options: dict[str, int],
+    validated: list[int],
+    saved: list[int],
+    make_settings: Callable[..., Any],
+    examples: list[Sequence],
+    accelerator: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """Unless they say otherwise, ten times a run."""
+    kept: list[int] = []
+    monkeypatch.setattr("koat.training.loop.save_checkpoint", lambda *given: kept.append(given[3].step))
+    monkeypatch.setattr("koat.training.loop.read_adapter_state", lambda model: {})
+    settings, model, state = make_settings(max_steps=num_steps, **options), torch.nn.Linear(1, 1), TrainingState()
+    fence = Fence(plan_training(examples, settings), settings, tmp_path, lambda model: 0.5, accelerator)
+    losses: dict[int, float | None] = {}
+    for step in range(1, num_steps + 1):
+        state.step = step
+        losses[step] = fence.validate_step(model, state)
+        fence.save_step(model, None, state)
+    assert [step for step, loss in losses.items() if loss is not None] == validated
+    assert kept == saved
 
 
 def test_gradients_are_clipped_and_their_norm_reported(

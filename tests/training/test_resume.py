@@ -16,6 +16,8 @@ from koat.core.json_lines import read_lines
 from tests.tiny_base import make_rows, run_koat, start_koat, write_base, write_rows
 
 NUM_STEPS = 60
+SEED = "KOAT_KILL_SEED"
+"""A variable of the environment from which the moments of killing are drawn; else they differ from run to run."""
 WEIGHTS = "adapter/adapter_model.safetensors"
 VARIANTS = {
     "ia3": ["--method", "ia3"],
@@ -60,12 +62,12 @@ def wait_for_draft(run: Path, step: int) -> Callable[[], bool]:
     return is_saving
 
 
-def kill_when(child: subprocess.Popen[str], is_time: Callable[[], bool]) -> None:
+def kill_when(child: subprocess.Popen[str], is_time: Callable[[], bool], about: str) -> None:
     """Kill a process, at once and without warning, when it is time; fail if it ends before."""
     deadline = time.monotonic() + 200
     while not is_time():
-        assert child.poll() is None, f"ended with {child.returncode} before it was killed: {child.communicate()}"
-        assert time.monotonic() < deadline
+        assert child.poll() is None, f"{about}: ended with {child.returncode} before that: {child.communicate()}"
+        assert time.monotonic() < deadline, about
         time.sleep(0.0005)
     child.send_signal(signal.SIGKILL)
     child.communicate()
@@ -82,6 +84,12 @@ def check_resumed(run: Path, whole: Path, about: object) -> None:
     assert not list(run.rglob(".*")), about
 
 
+def begin_draw() -> tuple[random.Random, str]:
+    """Return what moments are drawn from, and how to draw the same again, for messages."""
+    seed = os.environ.get(SEED) or str(random.SystemRandom().randrange(10**6))
+    return random.Random(seed), f"{SEED}={seed} draws this again"
+
+
 def run_whole(place: Path, variant: str) -> Path:
     """Return the folder of the uninterrupted run of a variant, made when it is first asked for."""
     whole = place / f"whole-{variant}"
@@ -92,16 +100,18 @@ def run_whole(place: Path, variant: str) -> Path:
 
 
 def test_killed_and_resumed_is_the_uninterrupted_run(place: Path) -> None:
-    step = random.SystemRandom().randint(2, NUM_STEPS - 20)
+    draw, again = begin_draw()
+    step = draw.randint(2, NUM_STEPS - 20)
+    about = f"killed at step {step}; {again}"
     untouched = start_koat(*list_arguments("lora-dropout-noise", "untouched"), cwd=place)
     child = start_koat(*list_arguments("lora-dropout-noise", "killed"), cwd=place)
-    kill_when(child, wait_for_step(place / "killed", step))
-    assert not (place / "killed" / "adapter").exists()
+    kill_when(child, wait_for_step(place / "killed", step), about)
+    assert not (place / "killed" / "adapter").exists(), about
     resumed = run_koat("finetune", "--resume", "killed", cwd=place)
-    assert resumed.returncode == 0, resumed.stderr
+    assert resumed.returncode == 0, f"{about}\n{resumed.stderr}"
     untouched.communicate(timeout=200)
     assert untouched.returncode == 0
-    check_resumed(place / "killed", place / "untouched", f"killed at step {step}")
+    check_resumed(place / "killed", place / "untouched", about)
 
 
 @pytest.mark.soak
@@ -112,19 +122,20 @@ def test_killed_twice_at_random(variant: str, while_saving: bool, round_number: 
     whole = run_whole(place, variant)
     run = place / f"{variant}-{while_saving}-{round_number}"
     wait = wait_for_draft if while_saving else wait_for_step
-    draw = random.SystemRandom()
+    draw, again = begin_draw()
     first, second = sorted((draw.randint(1, NUM_STEPS - 20), draw.randint(2, NUM_STEPS - 10)))
-    kill_when(start_koat(*list_arguments(variant, run.name), cwd=place), wait(run, first))
-    kill_when(start_koat("finetune", "--resume", run.name, cwd=place), wait(run, second + 1))
+    about = f"killed at {first} and {second + 1}; {again}"
+    kill_when(start_koat(*list_arguments(variant, run.name), cwd=place), wait(run, first), about)
+    kill_when(start_koat("finetune", "--resume", run.name, cwd=place), wait(run, second + 1), about)
     resumed = run_koat("finetune", "--resume", run.name, cwd=place)
-    assert resumed.returncode == 0, resumed.stderr
-    check_resumed(run, whole, f"killed at {first} and {second + 1}")
+    assert resumed.returncode == 0, f"{about}\n{resumed.stderr}"
+    check_resumed(run, whole, about)
 
 
 @pytest.mark.soak
 def test_killed_at_any_moment_it_can_begin_again_or_go_on(place: Path) -> None:
     whole = run_whole(place, "ia3")
-    draw = random.SystemRandom()
+    draw, seed = begin_draw()
     for number in range(6):
         run = place / f"moment-{number}"
         arguments = list_arguments("ia3", run.name)
@@ -137,4 +148,4 @@ def test_killed_at_any_moment_it_can_begin_again_or_go_on(place: Path) -> None:
         again = run_koat("finetune", "--resume", run.name, cwd=place) if begun else run_koat(*arguments, cwd=place)
         if again.returncode:  # killed too late: there was nothing left to do
             assert "finished" in again.stderr, again.stderr
-        check_resumed(run, whole, f"killed after {moment:.2f} s")
+        check_resumed(run, whole, f"killed after {moment:.2f} s; {seed}")

@@ -68,16 +68,16 @@ def test_the_seed_decides(place: Path, finished: Path, tmp_path: Path) -> None:
     assert (tmp_path / "run" / name).read_bytes() != (finished / name).read_bytes()
 
 
-def test_evaluate_gives_the_scores_of_the_command_line(place: Path, finished: Path, tmp_path: Path) -> None:
+def test_evaluate_gives_the_scores_of_the_command_line(own_run: Path, tmp_path: Path) -> None:
     rows = [f"{n}\t{'비가 옵니다' if n % 3 else '눈이 많이'} {n}\t{n % 2}" for n in range(10)]
     data = tmp_path / "test.tsv"
     data.write_text("\n".join(["id\tdocument\tlabel", *rows]) + "\n", encoding="utf-8")
     status, out, error = call_koat(
-        "eval", finished, "--task", "nsmc-prompt2", "--data", data, "--shots", 0, "--limit", 7, "--json"
+        "eval", own_run, "--task", "nsmc-prompt2", "--data", data, "--shots", 0, "--limit", 7, "--json"
     )
     assert status == 0, error
     shown = json.loads(out)["results"][0]
-    found = koat.evaluate(finished, tasks=["nsmc-prompt2"], data=data, num_shots=0, limit=7)["results"][0]
+    found = koat.evaluate(own_run, tasks=["nsmc-prompt2"], data=data, num_shots=0, limit=7)["results"][0]
     for part in ("scores", "contracts", "conditions", "num_items", "num_tokens", "num_unique_tokens"):
         assert found[part] == shown[part], part
     assert found["num_items"] == 7

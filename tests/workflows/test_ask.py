@@ -12,8 +12,8 @@ import torch
 
 import koat
 from koat.data.templates import TextTemplate
-from koat.evaluation.continuations import continue_prompts
-from koat.workflows.ask import Answer, Form, Writing, ask_model, find_limits
+from koat.evaluation.continuations import Ending, continue_prompts
+from koat.workflows.ask import Answer, Form, Writing, ask_model, choose_form, find_limits, read_answer
 from koat.workflows.shell import print_answers
 from tests.tiny_base import call_koat
 
@@ -77,10 +77,43 @@ def test_the_question_fills_the_field_that_is_left(finished: Path, tmp_path: Pat
     assert Form(two, {"first": "하나"}).fill("둘") == "하나 / 둘:"
     with pytest.raises(koat.DataError, match="which of first, second is the question"):
         Form(two).fill("둘")
+    translate = TextTemplate("translate", ("Translate: {input}\nOutput:",))
+    assert Form(translate).fill("hi") == "Translate: hi\nOutput:"
+    told = TextTemplate("told", ("{instruction}: {input}",))
+    assert Form(told).fill("둘") == "둘: "
+    assert Form(told, {"context": "하나"}).fill("둘") == "둘: 하나"
+    assert Form(told, {"instruction": "하나"}).fill("둘") == "하나: 둘"
+    on = TextTemplate("on", ("{context}\n",))
+    assert Form(on).fill("하나") == "하나\n"
+    given = {"context": "하나"}
+    for form in (Form(on, given), Form(translate, given), Form(TextTemplate("go", ("go",)))):
+        with pytest.raises(koat.DataError, match="has no field left for the question"):
+            form.fill("둘")
     with pytest.raises(koat.DataError, match=r"question 2 makes a prompt of .* tokens, and the model sees"):
         koat.ask(subject, "비가", "비가 옵니다. " * 900)
     with pytest.raises(koat.ConfigError, match="max_new_tokens=0"):
         koat.ask(subject, "비가", max_new_tokens=0)
+
+
+def test_a_chat_has_a_place_for_the_system(finished: Path) -> None:
+    subject = koat.load(finished)
+    chat = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    subject.tokenizer.chat_template = chat
+    form = choose_form(subject, "chat", {"system": "짧게", "context": "글"})
+    assert form.fill("둘") == "<system>짧게<user>글\n\n둘"
+    with pytest.raises(koat.ConfigError, match="did you mean 'system'"):
+        choose_form(subject, "chat", {"sytem": "짧게"})
+    with pytest.raises(koat.ConfigError, match="has no place for 'input'"):
+        choose_form(subject, "koalpaca-question-first", {"input": "글"})
+
+
+def test_an_answer_ends_where_training_ended_it(finished: Path) -> None:
+    """At the tokenizer's end, though the model's settings of generation name none."""
+    subject = koat.load(finished)
+    subject.model.get_base_model().generation_config.eos_token_id = None
+    end = subject.tokenizer.eos_token_id
+    assert read_answer([5, end], Ending((), 2, {}), subject) == Answer(subject.tokenizer.decode([5]).strip(), False)
+    assert read_answer([5, 6], Ending((), 2, {}), subject).is_cut
 
 
 def test_the_command_line_asks_what_it_is_given(
@@ -105,6 +138,25 @@ def test_the_command_line_asks_what_it_is_given(
     monkeypatch.setattr("sys.stdin", Terminal())
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
     assert call_koat("ask", reader, *options)[1] == f"{expected[2]}\n"
+
+
+def test_the_command_line_hands_on_how_an_answer_is_written(finished: Path) -> None:
+    subject = koat.load(finished)
+
+    def ask(*options: object) -> str:
+        status, out, error = call_koat("ask", finished, "비가", "--max-new-tokens", 12, "--json", *options)
+        assert status == 0, error
+        answer: str = json.loads(out)["answer"]
+        return answer
+
+    (whole,) = koat.ask(subject, "비가", max_new_tokens=12)
+    stop = whole[len(whole) // 2]
+    assert ask() == whole and ask("--until", stop) == whole[: whole.index(stop)].strip() != whole
+    drawn: dict[str, Any] = {"temperature": 1.5, "top_p": 0.8, "seed": 3}
+    (expected,) = koat.ask(subject, "비가", max_new_tokens=12, **drawn)
+    for name, default in (("temperature", 1.0), ("top_p", 1.0), ("seed", 0)):  # each of them matters
+        assert koat.ask(subject, "비가", max_new_tokens=12, **{**drawn, name: default}) != [expected]
+    assert ask("--temperature", 1.5, "--top-p", 0.8, "--seed", 3) == expected
 
 
 def test_a_long_question_takes_nothing_from_the_others(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -147,6 +199,8 @@ def test_all_tokens_may_be_drawn(finished: Path, monkeypatch: pytest.MonkeyPatch
         (["비가", ""], "question 2 is empty"),
         (["비가", "--context", "nowhere.txt"], "nowhere.txt"),
         (["비가", "--top-p", "0"], "top_p=0.0"),
+        (["비가", "--until", r"\n"], "holds a backslash and the letter n where a line break is meant"),
+        (["비가", "--until", ""], "until='' would end every answer"),
     ],
 )
 def test_bad_input_is_one_message(

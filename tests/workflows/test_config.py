@@ -10,7 +10,7 @@ import pytest
 from koat.adapters.methods import METHODS
 from koat.core.config import Layer, to_mapping
 from koat.core.errors import AdapterError, ConfigError
-from koat.workflows.config import PlanConfig, RunConfig, list_recipes, merge_values, read_recipe, resolve_run
+from koat.workflows.config import PlanConfig, RunConfig, find_value, list_recipes, read_recipe, resolve_run
 
 NEEDED = {"model": {"base": "nano"}, "data": {"train": ["a.jsonl"]}}
 
@@ -101,8 +101,8 @@ def test_a_setting_of_another_method_is_refused() -> None:
 
 def test_the_last_layer_that_says_anything_decides() -> None:
     layers = [Layer("recipe", {"a": {"b": 1}}), Layer("file", {"a": None}), Layer("flag", {"a": {"c": 3}})]
-    assert merge_values(layers, ("a", "b")) == 1
-    assert merge_values(layers, ("a", "d")) is None
+    assert find_value(layers, ("a", "b")) == 1
+    assert find_value(layers, ("a", "d")) is None
 
 
 def test_published_instructions_with_empty_answers_are_skipped_not_refused() -> None:

@@ -51,6 +51,16 @@ def test_a_place_that_cannot_be_written_is_refused(place: str, tmp_path: Path) -
         demo.prepare_folder(tmp_path / place)
 
 
+def test_an_earlier_demo_that_cannot_be_removed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(place: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    demo.prepare_folder(tmp_path / "demo")
+    monkeypatch.setattr("shutil.rmtree", refuse)
+    with pytest.raises(RunFolderError, match=r"cannot be removed: Permission denied\. .* --out"):
+        demo.prepare_folder(tmp_path / "demo")
+
+
 @pytest.mark.soak
 def test_the_whole_demo_takes_less_than_three_minutes(tmp_path: Path) -> None:
     began = time.monotonic()

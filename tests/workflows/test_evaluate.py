@@ -22,6 +22,7 @@ from koat.core.json_lines import read_lines
 from koat.core.settings import ModelSettings
 from koat.evaluation.catalogue import load_task
 from koat.evaluation.evaluate import evaluate_task
+from koat.evaluation.spans import score_block
 from koat.forest.verify import verify_layout
 from koat.model import load_model, load_tokenizer
 from koat.workflows.comparing.report import list_commands
@@ -56,28 +57,28 @@ def strip_times(report: dict[str, Any]) -> list[dict[str, Any]]:
     return [{key: value for key, value in result.items() if key not in changing} for result in report["results"]]
 
 
-def test_a_run_is_evaluated_and_every_prediction_kept(finished: Path, reviews: dict[str, Path]) -> None:
-    report = koat.evaluate(finished, tasks=[TASK, "nsmc-prompt2"], data=reviews["test"], num_shots=0, limit="all")
+def test_a_run_is_evaluated_and_every_prediction_kept(own_run: Path, reviews: dict[str, Path]) -> None:
+    report = koat.evaluate(own_run, tasks=[TASK, "nsmc-prompt2"], data=reviews["test"], num_shots=0, limit="all")
     assert report["subject"] == "finished"
     assert [result["task"] for result in report["results"]] == [TASK, "nsmc-prompt2"]
     for result in report["results"]:
-        lines = read_lines(finished / "predictions" / f"{result['task']}-0shot-seed{result['shot_seed']}.jsonl")
+        lines = read_lines(own_run / "predictions" / f"{result['task']}-0shot-seed{result['shot_seed']}.jsonl")
         assert len(lines) == result["num_items"] == 12
         for scoring, score in result["scores"].items():
             assert score["value"] == pytest.approx(sum(line["correct"][scoring] for line in lines) / 12)
             assert 0 <= score["low"] <= score["value"] <= score["high"] <= 1
             assert {line["contracts"][scoring] for line in lines} == {result["contracts"][scoring]["hash"]}
-    (kept,) = (finished / "predictions").glob(f"{TASK}*nsmc-prompt2*.scores.json")
+    (kept,) = (own_run / "predictions").glob(f"{TASK}*nsmc-prompt2*.scores.json")
     assert strip_times(json.loads(kept.read_text(encoding="utf-8"))) == strip_times(report)
 
 
 def test_base_run_and_adapter_folder_are_three_subjects(
-    finished: Path, place: Path, reviews: dict[str, Path], tmp_path: Path
+    own_run: Path, place: Path, reviews: dict[str, Path], tmp_path: Path
 ) -> None:
     options: dict[str, Any] = {"tasks": [TASK], "data": reviews["test"], "num_shots": 0, "limit": "all"}
-    run = koat.evaluate(finished, **options)
+    run = koat.evaluate(own_run, **options)
     adapter = tmp_path / "plain"
-    shutil.copytree(finished / "adapter", adapter)
+    shutil.copytree(own_run / "adapter", adapter)
     assert strip_times(koat.evaluate(adapter, **options)) == strip_times(run)
     assert (adapter / "predictions").is_dir()
 
@@ -90,7 +91,7 @@ def test_base_run_and_adapter_folder_are_three_subjects(
     assert base["results"][0]["contracts"] == run["results"][0]["contracts"]
     logprobs = [
         [line["logprobs"] for line in read_lines(folder / f"{TASK}-0shot-seed1234.jsonl")]
-        for folder in (tmp_path / "base", finished / "predictions")
+        for folder in (tmp_path / "base", own_run / "predictions")
     ]
     assert logprobs[0] != logprobs[1]
 
@@ -99,7 +100,7 @@ def test_a_report_s_commands_ask_the_same_again(
     finished: Path, place: Path, reviews: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "mine"
-    shutil.copytree(finished, run, ignore=shutil.ignore_patterns("predictions"))
+    shutil.copytree(finished, run)
     options: dict[str, Any] = {
         "data": reviews["test"],
         "shots": reviews["train"],
@@ -136,16 +137,14 @@ def test_a_report_s_commands_know_how_a_base_was_loaded(place: Path, reviews: di
     ]
 
 
-def test_shots_come_from_their_own_file_and_follow_the_seed(
-    finished: Path, reviews: dict[str, Path], tmp_path: Path
-) -> None:
-    subject = koat.load(finished)
+def test_shots_come_from_their_own_file_and_follow_the_seed(own_run: Path, reviews: dict[str, Path]) -> None:
+    subject = koat.load(own_run)
     options: dict[str, Any] = {"tasks": [TASK], "data": reviews["test"], "shots": reviews["train"], "limit": 5}
     first, again, other = (koat.evaluate(subject, num_shots=1, seed=seed, **options) for seed in (1, 1, 2))
     assert strip_times(first) == strip_times(again)
     hashes = [report["results"][0]["contracts"]["likelihood"]["hash"] for report in (first, other)]
     assert hashes[0] != hashes[1]
-    lines = read_lines(finished / "predictions" / f"{TASK}-1shot-seed1.jsonl")
+    lines = read_lines(own_run / "predictions" / f"{TASK}-1shot-seed1.jsonl")
     assert len(lines) == 5
     assert all(len(line["shots"]) == 1 and int(line["shots"][0]) >= 100 for line in lines)
 
@@ -213,7 +212,6 @@ def test_a_task_that_fails_costs_nothing_of_those_before(
     finished: Path, reviews: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = shutil.copytree(finished, tmp_path / "run")
-    shutil.rmtree(run / "predictions", ignore_errors=True)
     asked: list[str] = []
 
     def ask(subject: Any, task: Any, *more: Any) -> Any:
@@ -243,7 +241,6 @@ def test_a_task_that_fails_costs_nothing_of_those_before(
 def test_no_evaluation_takes_the_place_of_another(finished: Path, reviews: dict[str, Path], tmp_path: Path) -> None:
     """Fewer items are another question, bfloat16 another condition; the same again replaces itself alone."""
     run = shutil.copytree(finished, tmp_path / "run")
-    shutil.rmtree(run / "predictions", ignore_errors=True)
 
     def ask(limit: int, dtype: str) -> Path:
         before = list_written()
@@ -344,7 +341,6 @@ def test_two_bases_whose_names_read_alike_are_kept_apart(
 
 def test_a_task_s_name_makes_no_folders(finished: Path, reviews: dict[str, Path], tmp_path: Path) -> None:
     run = shutil.copytree(finished, tmp_path / "run")
-    shutil.rmtree(run / "predictions", ignore_errors=True)
     own = tmp_path / "mine.yaml"
     own.write_text(
         yaml.safe_dump({**load_task(TASK).model_dump(mode="json"), "name": "../긍정/부정"}), encoding="utf-8"
@@ -353,6 +349,28 @@ def test_a_task_s_name_makes_no_folders(finished: Path, reviews: dict[str, Path]
     assert sorted(path.name for path in (run / "predictions").iterdir()) == [
         "..-긍정-부정-0shot-seed1234.jsonl", "..-긍정-부정-0shot-seed1234.scores.json"
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("options", "budget"), [(["--tokens", 96], 96), ([], 8192)], ids=["given", "default"])
+def test_as_many_tokens_go_through_the_model_at_once_as_the_command_line_says(
+    options: list[Any],
+    budget: int,
+    place: Path,
+    reviews: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: set[int] = set()
+
+    def score(model: Any, layout: Any, sequences: Any, token_budget: int) -> Any:
+        seen.add(token_budget)
+        return score_block(model, layout, sequences, token_budget)
+
+    monkeypatch.setattr("koat.evaluation.scorer.score_block", score)
+    given = ["--task", TASK, "--data", reviews["test"], "--shots", 0, "--limit", 4, "--out", tmp_path / "out"]
+    status, _, error = call_koat("eval", place / "base", *given, *options)
+    assert status == 0, error
+    assert seen == {budget}
 
 
 def test_two_tasks_of_one_name_are_refused(finished: Path, reviews: dict[str, Path], tmp_path: Path) -> None:
@@ -367,7 +385,6 @@ def test_a_folder_that_cannot_be_written_is_found_before_a_question_is_asked(
     finished: Path, reviews: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = shutil.copytree(finished, tmp_path / "run")
-    shutil.rmtree(run / "predictions", ignore_errors=True)
     (run / "predictions").write_text("a file where the folder belongs", encoding="utf-8")
     (kind,) = {type(load_task(TASK))}
     monkeypatch.setitem(ASK, kind, lambda *given: pytest.fail("asked for nothing"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -129,6 +130,28 @@ def test_own_tasks_and_lm_eval_s_stand_side_by_side(finished: Path, files: Path,
     assert line["golds"]
 
 
+def test_written_answers_and_lm_eval_s_tasks_are_given_the_tokens_of_the_command_line(
+    place: Path, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, int] = {}
+
+    def watch(room: str, name: str) -> None:
+        module = importlib.import_module(f"koat.evaluation.{room}")
+        own = getattr(module, name)
+        monkeypatch.setattr(
+            module, name, lambda *given, **more: seen.update({name: more["token_budget"]}) or own(*given, **more)
+        )
+
+    watch("answering", "continue_prompts")
+    watch("harness.lm", "score_spans")
+    status, _, error = call_koat(
+        "eval", place / "base", "--task", "context-qa", "--task", "local_arc_easy", "--data", files / "qa.json",
+        "--data-dir", files, "--limit", 2, "--out", tmp_path, "--tokens", 96,
+    )  # fmt: skip
+    assert status == 0, error
+    assert seen == {"continue_prompts": 96, "score_spans": 96}
+
+
 def test_the_leaderboard_s_shots_may_be_overridden_and_that_is_said() -> None:
     from koat.evaluation.catalogue import load_task
     from koat.workflows.evaluating.asking import Asking
@@ -184,8 +207,12 @@ def test_the_leaderboard_runs_on_local_files(tmp_path: Path) -> None:
         (["--task", "local_arc_easy", "--data-dir", "{files}", "--data", "mine.tsv"], "have their own items"),
     ],
 )
-def test_bad_input_is_one_message(place: Path, files: Path, arguments: list[str], message: str) -> None:
+def test_bad_input_is_one_message(
+    place: Path, files: Path, arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     status, _, error = call_koat("eval", place / "base", *[each.format(files=files) for each in arguments])
     assert status == 2
     assert message in error
     assert "Traceback" not in error
+    assert list(tmp_path.iterdir()) == [], "what was refused leaves nothing"

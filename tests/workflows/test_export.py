@@ -58,6 +58,20 @@ def test_vllm_takes_lora_as_it_is_and_not_ia3(place: Path, finished: Path, tmp_p
     assert not (tmp_path / "other").exists()
 
 
+def test_an_adapter_is_exported_as_it_is_where_the_command_line_says_so(
+    place: Path, finished: Path, tmp_path: Path
+) -> None:
+    status, _, error = call_koat("export", finished, "--for", "vllm", "--adapter", "--out", tmp_path / "ia3")
+    assert status == 2 and "Leave --adapter away" in error
+    assert not (tmp_path / "ia3").exists()
+    lora = make_lora(place, tmp_path / "lora")
+    status, out, error = call_koat("export", lora, "--for", "vllm", "--adapter", "--out", tmp_path / "served")
+    assert status == 0, error
+    assert "--enable-lora" in out
+    names = {path.name for path in (tmp_path / "served").iterdir()}
+    assert "adapter_config.json" in names and "config.json" not in names
+
+
 @pytest.mark.parametrize("more", [{"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"bias": "lora_only"}])
 def test_vllm_is_given_no_lora_that_it_refuses(place: Path, tmp_path: Path, more: dict[str, Any]) -> None:
     lora = make_lora(place, tmp_path / "lora")

@@ -28,7 +28,7 @@ def read_manifest(run: Path) -> dict[str, Any]:
 
 
 def test_a_run_folder_holds_everything_and_nothing_else(finished: Path) -> None:
-    held = {path.name for path in finished.iterdir()} - {"predictions"}
+    held = {path.name for path in finished.iterdir()}
     assert held == {"adapter", "checkpoints", "config.yaml", "manifest.json", "metrics.jsonl"}
     assert {path.name for path in (finished / "adapter").iterdir()} == {
         "adapter_config.json", "adapter_model.safetensors", "koat_adapter.json", "prompt_template.json",
@@ -308,7 +308,14 @@ def test_a_lock_that_a_kill_left_is_no_run(place: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("examples", "task"), [({"groups": 2}, "context-qa"), ({"groups": 0}, "nsmc-prompt1"), ({}, "nsmc-prompt1")]
+    ("manifest", "task"),
+    [
+        ({"examples": {"groups": 2}}, "context-qa"),
+        ({"examples": {"groups": 0}}, "mine.yaml"),
+        ({"templates": [{"name": "chat"}]}, "mine.yaml"),
+        ({"templates": [{"name": "nsmc-prompt2"}], "examples": {"groups": 2}}, "nsmc-prompt2"),
+        ({}, "mine.yaml"),
+    ],
 )
-def test_the_next_step_suits_what_was_trained_on(examples: dict[str, int], task: str) -> None:
-    assert suggest_task(examples).startswith(f"--task {task} ")
+def test_the_next_step_suits_what_was_trained_on(manifest: dict[str, Any], task: str) -> None:
+    assert suggest_task(manifest).startswith(f"--task {task} ")

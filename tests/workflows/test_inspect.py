@@ -61,6 +61,15 @@ def test_the_command_prints_it(place: Path) -> None:
     assert "정답:«" in out
 
 
+@pytest.mark.parametrize("prefix", ["", "data."])
+def test_settings_of_data_go_by_both_their_names(prefix: str, place: Path, tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("question,reply\n비가 오나요?,네\n눈은요?,아니요\n", encoding="utf-8")
+    columns = f"{prefix}columns={{instruction: question, output: reply}}"
+    status, out, error = call_koat("data", "inspect", tmp_path / "rows.csv", "--base", place / "base", "--set", columns)
+    assert status == 0, error
+    assert "2 rows" in out
+
+
 @pytest.mark.parametrize(
     ("file", "rows", "kind"),
     [

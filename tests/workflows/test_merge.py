@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import shutil
 import subprocess
@@ -95,6 +96,24 @@ def test_bfloat16_is_rounded_once(run: Path, tmp_path: Path) -> None:
     assert json.loads((done.folder / "config.json").read_text(encoding="utf-8"))["dtype"] == "bfloat16"
 
 
+def test_a_base_stored_in_bfloat16_is_merged_into_bfloat16(place: Path, tmp_path: Path) -> None:
+    """Unless another type is asked for, a merged model is stored as its base is."""
+    base = tmp_path / "base"
+    shutil.copytree(place / "base", base)
+    AutoModelForCausalLM.from_pretrained(place / "base").bfloat16().save_pretrained(base)
+    settings = ModelSettings(base=str(base))
+    (tmp_path / "adapter").mkdir()
+    save_adapter(attach_adapter(load_model(settings), Ia3Settings()), tmp_path / "adapter")
+    load_tokenizer(settings).save_pretrained(tmp_path / "adapter")
+    move(tmp_path / "adapter")
+    for asked, kind in (("auto", torch.bfloat16), ("float32", torch.float32)):
+        done = merge_run(tmp_path / "adapter", tmp_path / asked, dtype=asked, settings=settings)
+        assert {tensor.dtype for tensor in load_file(done.folder / "model.safetensors").values()} == {kind}
+        name = str(kind).removeprefix("torch.")
+        assert json.loads((done.folder / "config.json").read_text(encoding="utf-8"))["dtype"] == name
+        assert done.record["dtype"] == name
+
+
 def test_a_wrong_merge_is_not_left(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def merge_wrongly(model: Any) -> Any:
         merged = model.merge_and_unload()
@@ -128,6 +147,23 @@ def test_what_was_written_is_what_is_checked(
         with pytest.raises(koat.AdapterError, match="folder as written"):
             merge_run(run, tmp_path / "merged", dtype=dtype)
     assert not list(tmp_path.iterdir())
+
+
+def test_products_are_exact_in_a_merge(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, collect = [], merging.collect_logits
+
+    def note(*given: Any) -> Any:
+        seen.append(torch.get_float32_matmul_precision())
+        return collect(*given)
+
+    monkeypatch.setattr(merging, "collect_logits", note)
+    torch.set_float32_matmul_precision("high")
+    try:
+        merge_run(run, tmp_path / "merged", dtype="bfloat16")
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert seen == ["highest"] * 4
 
 
 def test_the_tolerance_is_kept(run: Path, tmp_path: Path) -> None:
@@ -185,6 +221,9 @@ def test_a_prefix_is_refused_before_any_weight_is_read(place: Path, tmp_path: Pa
 def test_requantising_asks_for_a_quantised_base(run: Path, tmp_path: Path) -> None:
     with pytest.raises(koat.AdapterError, match="not quantised"):
         merge_run(run, tmp_path / "merged", measure_requantising=True)
+    status, _, error = call_koat("merge", run, "--out", tmp_path / "merged", "--requantise")
+    assert status == 2 and "the base model is not quantised" in error
+    assert not (tmp_path / "merged").exists()
 
 
 def test_a_chat_template_goes_along(run: Path, tmp_path: Path) -> None:
@@ -261,6 +300,55 @@ def test_settings_of_generation_that_transformers_does_not_save(place: Path, fin
         kept = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
         assert {name: kept.get(name) for name in own} == own
         AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_a_merged_model_stops_where_the_adapter_did(place: Path, finished: Path, tmp_path: Path) -> None:
+    """The base names no token to stop at; the tokenizer has the one that responses were trained to end with."""
+    for own, expected in (({}, 0), ({"eos_token_id": 7}, 7)):
+        base = shutil.copytree(place / "base", tmp_path / f"base{expected}")
+        (base / "generation_config.json").write_text(json.dumps(own), encoding="utf-8")
+        done = merge_run(finished, tmp_path / f"merged{expected}", settings=ModelSettings(base=str(base)))
+        kept = json.loads((done.folder / "generation_config.json").read_text(encoding="utf-8"))
+        assert kept["eos_token_id"] == expected
+
+
+def test_a_tokenizer_with_code_of_its_own_goes_along(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    base = shutil.copytree(place / "base", tmp_path / "base")
+    code = (
+        "from transformers import PreTrainedTokenizerFast\n\n\nclass OwnTokenizer(PreTrainedTokenizerFast):\n    pass\n"
+    )
+    (base / "tokenization_own.py").write_text(code, encoding="utf-8")
+    path = base / "tokenizer_config.json"
+    names = {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": [None, "tokenization_own.OwnTokenizer"]}}
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **names}), encoding="utf-8")
+    settings = {
+        "model": {"base": str(base), "trust_remote_code": True},
+        "data": {"train": [str(place / "rows.jsonl")]}, "training": {"max_steps": 1, "batch_size": 4},
+    }  # fmt: skip
+    run = koat.finetune(settings, out=tmp_path / "run")
+    for name in ("vocab.tiktoken", "spiece.model"):
+        (run.adapter / name).write_text("x", encoding="utf-8")
+    done = merge_run(run.path, tmp_path / "merged")
+    assert {path.name for path in done.folder.iterdir()} >= {"tokenization_own.py", "vocab.tiktoken", "spiece.model"}
+    opened = load_tokenizer(ModelSettings(base=str(done.folder), trust_remote_code=True))
+    assert type(opened).__name__ == "OwnTokenizer"
+
+
+def test_a_source_folder_that_is_not_installed_merges(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = importlib.metadata.version
+
+    def find(name: str) -> str:
+        if name == "koat":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr("importlib.metadata.version", find)
+    assert merge_run(run, tmp_path / "merged").record["koat"] == "unknown"
 
 
 def test_a_type_that_is_none_is_refused(run: Path, tmp_path: Path) -> None:

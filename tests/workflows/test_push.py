@@ -41,7 +41,6 @@ def run(finished: Path, tmp_path: Path) -> Path:
     """The finished run with a score on record."""
     shutil.copytree(finished, tmp_path / "run")
     predictions = tmp_path / "run" / "predictions"
-    shutil.rmtree(predictions, ignore_errors=True)
     predictions.mkdir()
     result = {
         "task": "nsmc-prompt1", "num_shots": 10, "scores": {"likelihood": SCORE},

@@ -40,7 +40,6 @@ def runs(finished: Path, tmp_path: Path) -> Path:
     """A folder with two runs, `a` with a score and `b`, and a plain copy of b's adapter, `plain`."""
     for name, amount in (("a", 0.1), ("b", 0.3)):
         shutil.copytree(finished, tmp_path / "runs" / name)
-        shutil.rmtree(tmp_path / "runs" / name / "predictions", ignore_errors=True)
         change(tmp_path / "runs" / name / "adapter", amount)
     write_scores(tmp_path / "runs" / "a" / "predictions")
     shutil.copytree(tmp_path / "runs" / "b" / "adapter", tmp_path / "runs" / "plain")

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import koat
+from koat.adapters.start import find_adapter
 from koat.core.json_lines import read_lines
 from tests.tiny_base import call_koat
 
@@ -36,6 +37,14 @@ def write_with_peft(place: Path, folder: Path) -> Path:
             weight.data = 0.1 * torch.randn_like(weight)
     model.save_pretrained(folder)
     return folder
+
+
+def test_a_tilde_stands_for_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert find_adapter(Path("~/run")) == tmp_path / "run"
+    (tmp_path / "run" / "adapter").mkdir(parents=True)
+    (tmp_path / "run" / "adapter" / "adapter_config.json").touch()
+    assert find_adapter(Path("~/run")) == tmp_path / "run" / "adapter"
 
 
 def test_a_run_goes_on_from_pefts_adapter(place: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,7 @@ def start_from(model: PeftModel, folder: Path) -> None:
 
 def find_adapter(folder: Path) -> Path:
     """Return the folder that holds the adapter: itself, or the one in it that is a run's."""
+    folder = Path(os.path.expanduser(folder))
     return folder / "adapter" if (folder / "adapter" / CONFIG).is_file() else folder
 
 

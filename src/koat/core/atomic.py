@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from koat.core.config_files import dump_yaml
 from koat.core.errors import RunFolderError
@@ -56,8 +56,7 @@ def write_text(path: str | Path, text: str) -> None:
     path = Path(os.path.realpath(path))
     temporary = _beside(path, "tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
+        with _open_new(temporary) as file:
             file.write(encode_text(text))
             file.flush()
             os.fsync(file.fileno())
@@ -128,6 +127,17 @@ def clean_leftovers(folder: str | Path) -> None:
             recover(Path(folder, name))
 
 
+def check_writable(folder: Path) -> None:
+    """Raise RunFolderError where a folder cannot be made or written; leaves nothing behind, no new folder either."""
+    new = [place for place in (folder, *folder.parents) if not place.exists()]
+    probe = folder / f"probe-{_LIFE}.txt"
+    write_text(probe, "")
+    remove(probe)
+    with suppress(OSError):  # somebody else writes there already
+        for place in new:
+            place.rmdir()
+
+
 def remove(path: Path) -> None:
     """Remove a file, link or folder as far as it can be; one that is not there is no error."""
     if path.is_dir() and not path.is_symlink():
@@ -159,10 +169,23 @@ def _refusal(error: BaseException) -> int | None:
     return int(found[1]) if found and int(found[1]) in _REASONS else None
 
 
+def _open_new(path: Path) -> BinaryIO:
+    """Open a file for writing, its folders made where they lack."""
+    for tries_left in (2, 1, 0):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return path.open("wb")
+        except FileNotFoundError:  # another process' `check_writable` takes new folders away while they are empty
+            if not tries_left:
+                raise
+    raise AssertionError
+
+
 def _sync(path: Path, *, strict: bool = False) -> None:
     """Bring a file, or a folder's list of names, to disk. Some file systems cannot do it for folders."""
     try:
-        handle = os.open(path, os.O_RDONLY)
+        # Windows brings to disk only what is open for writing.
+        handle = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
         try:
             os.fsync(handle)
         finally:
@@ -174,7 +197,9 @@ def _sync(path: Path, *, strict: bool = False) -> None:
 
 def _take_place(temporary: Path, target: Path) -> None:
     if target.exists() and not target.is_dir():
-        raise RunFolderError(f"cannot write the folder {target}: there is a file of that name")
+        raise RunFolderError(
+            f"cannot write the folder {target}: there is a file of that name. Move it away, or choose another name."
+        )
     aside = _beside(target, "old")
     replaces = os.path.lexists(target)
     if replaces:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import re
 import zlib
 from collections.abc import Iterator
@@ -50,7 +51,7 @@ def read_text(path: Path) -> str:
     that it looks like and the command that converts it).
     """
     try:
-        data = path.read_bytes()
+        data = Path(os.path.expanduser(path)).read_bytes()  # which, unlike Path's own, leaves an unknown home as it is
     except FileNotFoundError:
         raise DataError(describe_missing(path)) from None
     except OSError as error:

@@ -28,16 +28,16 @@ def encode_continuations(texts: Sequence[str], tokenizer: PreTrainedTokenizerBas
     """Tokenise texts that follow other text: no special tokens, and no word start that is not there.
 
     Tokenizers of SentencePiece's kind put a space before every text. Behind a prompt that space would be one
-    that nobody wrote, so such texts are tokenised behind a line break, whose tokens are then taken off.
+    that nobody wrote, so such texts are tokenised behind a line break, whose tokens are then taken off; a text that
+    melts into the break is tokenised by itself.
     """
     probe = tokenizer.convert_ids_to_tokens(tokenise(["a"], tokenizer)[0])
     if not probe or not str(probe[0]).startswith("▁"):
         return tokenise(texts, tokenizer)
     head = tokenise(["\n"], tokenizer)[0]
     behind = tokenise([f"\n{text}" for text in texts], tokenizer)
-    if all(ids[: len(head)] == head for ids in behind):
-        return [ids[len(head) :] for ids in behind]
-    return tokenise(texts, tokenizer)
+    own = iter(tokenise([text for text, ids in zip(texts, behind, strict=True) if ids[: len(head)] != head], tokenizer))
+    return [ids[len(head) :] if ids[: len(head)] == head else next(own) for ids in behind]
 
 
 def find_opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:

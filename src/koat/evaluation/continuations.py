@@ -42,22 +42,24 @@ class StopTexts:
                 found[row] = found[row] or any(text in last for text in texts)
         return torch.tensor(found, device=written.device)
 
+    def cut(self, written: tuple[int, ...]) -> tuple[int, ...]:
+        """Return what one row wrote up to where a text was first complete; all of it where none is."""
+        places = range(1, len(written) + 1) if self.texts else ()
+        return next((written[:end] for end in places if self.find(torch.tensor([written[:end]]))), written)
+
 
 class StopAtTexts:
     """A stopping criterion of transformers: a row is done when one of `texts` stands in what it has written last.
 
-    `lengths [B]` has how many tokens each row wrote until then, -1 for a row that goes on.
+    It keeps nothing of its rows: with beams they are more than the prompts, and change places.
     """
 
-    def __init__(self, texts: StopTexts, num_prompt_tokens: int, num_rows: int) -> None:
+    def __init__(self, texts: StopTexts, num_prompt_tokens: int) -> None:
         self.texts, self.num_prompt_tokens = texts, num_prompt_tokens
-        self.lengths = torch.full((num_rows,), -1)
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         """Return which rows are done `[B]`."""
-        written = input_ids[:, self.num_prompt_tokens :]
-        self.lengths[(self.lengths < 0) & self.texts.find(written).cpu()] = written.shape[1]
-        return (self.lengths >= 0).to(input_ids.device)
+        return self.texts.find(input_ids[:, self.num_prompt_tokens :])
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +134,7 @@ class _Writer:
     ) -> Continuations:
         """Continue all prompts as a forest, what they share computed once."""
         texts, causal = StopTexts(self.tokenizer, self.ending.until), unwrap(self.model)
-        ends = torch.tensor(sorted(list_end_tokens(causal)), dtype=torch.int64, device=causal.device)
+        ends = torch.tensor(sorted(list_end_tokens(causal, self.tokenizer)), dtype=torch.int64, device=causal.device)
 
         def is_done(places: Sequence[int], written: Tensor) -> Tensor:
             return torch.isin(written[:, -1], ends) | texts.find(written)
@@ -165,26 +167,24 @@ class _Writer:
         from transformers import StoppingCriteriaList
 
         causal, caller = unwrap(self.model), _prepare(self.model, self.layout)
-        width, padding = len(prompts[0]), _find_padding(self.tokenizer)
+        ends, texts = list_end_tokens(causal, self.tokenizer), StopTexts(self.tokenizer, self.ending.until)
+        width, padding = len(prompts[0]), _find_padding(self.tokenizer, causal)
         ids = torch.tensor([(padding,) * (width - len(prompt)) + prompt for prompt in prompts], device=causal.device)
         mask = torch.tensor(
             [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=causal.device
         )
-        stop = StopAtTexts(StopTexts(self.tokenizer, self.ending.until), width, len(prompts))
         output = caller.generate(
             input_ids=ids,
             attention_mask=mask,
             max_new_tokens=self.ending.max_new_tokens,
-            stopping_criteria=StoppingCriteriaList([stop]),
+            stopping_criteria=StoppingCriteriaList([StopAtTexts(texts, width)]),
             pad_token_id=padding,
+            eos_token_id=sorted(ends) or None,
+            num_return_sequences=1,
             use_cache=True,
             **self.ending.options,
         )
-        ends = list_end_tokens(causal)
-        return [
-            _cut(tuple(row), length, ends)
-            for row, length in zip(output[:, width:].tolist(), stop.lengths.tolist(), strict=True)
-        ]
+        return [texts.cut(_cut(tuple(row), ends)) for row in output[:, width:].tolist()]
 
 
 def _prepare(model: nn.Module, layout: Layout) -> Any:
@@ -194,20 +194,20 @@ def _prepare(model: nn.Module, layout: Layout) -> Any:
     return model
 
 
-def _find_padding(tokenizer: Any) -> int:
-    """Return what fills a row; it is masked, so that any token of the vocabulary will do."""
-    candidates = (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.eos_token_id, 0)
-    return int(next(token_id for token_id in candidates if token_id is not None))
+def _find_padding(tokenizer: Any, causal: Any) -> int:
+    """Return what fills a row; it is masked, so that any token that the model knows will do."""
+    candidates = (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.eos_token_id)
+    num_known = len(causal.get_input_embeddings().weight)
+    return next((token_id for token_id in candidates if token_id is not None and token_id < num_known), 0)
 
 
-def list_end_tokens(causal: Any) -> set[int]:
-    """Return the tokens at which a model is done."""
-    ends = causal.generation_config.eos_token_id
-    return set(ends) if isinstance(ends, list) else {ends} - {None}
+def list_end_tokens(causal: Any, tokenizer: Any) -> set[int]:
+    """Return the tokens at which a model is done: its own, and the one that koat trains each response to end with."""
+    own = causal.generation_config.eos_token_id
+    return {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None}
 
 
-def _cut(written: tuple[int, ...], length: int, ends: set[int]) -> tuple[int, ...]:
-    """Return what stands up to where a row was done; behind it come padding or what nobody asked for."""
-    kept = written[:length] if length >= 0 else written
-    end = next((place for place, token_id in enumerate(kept) if token_id in ends), len(kept))
-    return kept[: end + 1]
+def _cut(written: tuple[int, ...], ends: set[int]) -> tuple[int, ...]:
+    """Return what stands up to the first end token; behind it come padding or what nobody asked for."""
+    end = next((place for place, token_id in enumerate(written) if token_id in ends), len(written))
+    return written[: end + 1]

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from koat.core.errors import ConfigError, DataError, ModelError, suggest
 from koat.core.seeding import seeded
+from koat.core.settings import SPELT_OUT
 from koat.data.prompts import PromptTemplate, resolve_template
 from koat.data.records import Record
 from koat.data.templates import CONTEXT_FIELDS, TextTemplate
@@ -43,6 +44,14 @@ class Writing:
                 f"max_new_tokens={self.max_new_tokens}, temperature={self.temperature}, top_p={self.top_p}: allowed "
                 "are at least 1, at least 0, and above 0 to 1."
             )
+        for text in self.until:
+            if not text:
+                raise ConfigError("until='' would end every answer before it begins. Give a text, or leave it out.")
+            if "\n" not in text and SPELT_OUT.search(text):
+                raise ConfigError(
+                    f"until={text!r} holds a backslash and the letter n where a line break is meant. In a shell write "
+                    "it as --until $'\\n'."
+                )
 
     def to_ending(self, limit: int) -> Ending:
         """Return when an answer of at most `limit` tokens is done."""
@@ -74,13 +83,23 @@ class Form:
         return self.template.render_prompt(Record({**known, self.find_place(): question}, source="question"))
 
     def find_place(self) -> str:
-        """Return the field that the question fills: `instruction`, or the only one that nothing else fills."""
+        """Return the field that the question fills: `instruction`, or the only one that nothing else fills.
+
+        A context's field is the question's only where no other is left. Raises DataError for none, or several.
+        """
         if not isinstance(self.template, TextTemplate):
             return QUESTION
         named = self.template.list_fields()
-        free = [name for name in named if name not in self.fields and name not in CONTEXT_FIELDS]
-        if QUESTION in free or not free:
+        given = {*self.fields, *(CONTEXT_FIELDS if "context" in self.fields and "context" not in named else ())}
+        left = [name for name in named if name not in given]
+        free = [name for name in left if name not in CONTEXT_FIELDS] or left
+        if QUESTION in free:
             return QUESTION
+        if not free:
+            raise DataError(
+                f"the template {self.template.name!r} has no field left for the question: its fields are "
+                f"{', '.join(named) or 'none'}, and each is given. Leave one of them out, or name another template."
+            )
         if len(free) > 1:
             raise DataError(
                 f"the template {self.template.name!r} has the fields {', '.join(named)}, and it cannot be told which "
@@ -99,8 +118,8 @@ def choose_form(subject: Subject, template: str | None, fields: Mapping[str, str
                 "Name a template."
             )
         return Form(None)
-    named = chosen.list_fields() if isinstance(chosen, TextTemplate) else [QUESTION, *CONTEXT_FIELDS]
-    places = {*named, *(CONTEXT_FIELDS if set(CONTEXT_FIELDS) & set(named) else ())}
+    named = chosen.list_fields() if isinstance(chosen, TextTemplate) else [QUESTION, *CONTEXT_FIELDS, "system"]
+    places = {*named, *(("context",) if set(CONTEXT_FIELDS) & set(named) else ())}
     if unknown := [name for name in fields if name not in places]:
         raise ConfigError(
             f"the template {chosen.name!r} has no place for {unknown[0]!r}{suggest(unknown[0], named)}; its fields "
@@ -162,6 +181,7 @@ def find_limits(prompts: ListLike[tuple[int, ...]], room: int | None, max_new_to
 def read_answer(token_ids: ListLike[int], ending: Ending, subject: Subject) -> Answer:
     """Return an answer as text, and whether it came to an end by itself."""
     text = str(subject.tokenizer.decode(list(token_ids), skip_special_tokens=True))
-    ended = {*token_ids[-1:]} & list_end_tokens(unwrap(subject.model)) or any(end in text for end in ending.until)
+    ends = list_end_tokens(unwrap(subject.model), subject.tokenizer)
+    ended = {*token_ids[-1:]} & ends or any(end in text for end in ending.until)
     is_cut = len(token_ids) >= ending.max_new_tokens and not ended
     return Answer(read_text(token_ids, ending.until, subject.tokenizer), is_cut)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from koat.adapters.methods import METHODS, AdapterSettings, Ia3Settings, default_values
 from koat.core.config import Layer, Resolved, Section, resolve
@@ -24,6 +25,14 @@ class RunConfig(Section):
     data: DataSettings = Field(description="Training and validation data.")
     adapter: AdapterSettings = Field(default_factory=Ia3Settings, description="The method and its settings.")
     training: TrainingSettings = Field(default_factory=TrainingSettings, description="The training loop.")
+
+    @field_validator("data")
+    @classmethod
+    def _expand_homes(cls, data: DataSettings) -> DataSettings:
+        """Let `~` stand for the user's home in a file of settings, where no shell replaces it."""
+        places = {name: [os.path.expanduser(each) for each in getattr(data, name)] for name in ("train", "validation")}
+        splits = data.splits and Path(os.path.expanduser(data.splits))
+        return data.model_copy(update={**places, "splits": splits})
 
 
 class PlanConfig(Section):
@@ -57,7 +66,7 @@ def _read_recipe_file(name: str) -> dict[str, Any]:
     return read_config_file(path)
 
 
-def merge_values(layers: list[Layer], path: tuple[str, ...]) -> Any:
+def find_value(layers: list[Layer], path: tuple[str, ...]) -> Any:
     """Return the value at a dotted path in the last layer that sets it, or None."""
     found = None
     for layer in layers:
@@ -86,7 +95,7 @@ def resolve_run(
 
 def resolve_layers(schema: type[Any], layers: list[Layer]) -> Resolved[Any]:
     """Resolve a configuration from the defaults of the method that the layers choose, and the layers over them."""
-    method = merge_values(layers, ("adapter", "method")) or "ia3"
+    method = find_value(layers, ("adapter", "method")) or "ia3"
     brought: dict[str, Any] = {"adapter": {"method": method}}
     if isinstance(method, str) and method in METHODS:
         brought |= default_values(method)

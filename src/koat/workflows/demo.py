@@ -58,7 +58,12 @@ def prepare_folder(out: Path) -> None:
     if out.is_dir() and any(out.iterdir()):
         if not (out / MARK).is_file():
             raise RunFolderError(f"{out} is not empty and is no earlier demo. Choose another folder with --out.")
-        shutil.rmtree(out)
+        try:
+            shutil.rmtree(out)
+        except OSError as error:
+            raise RunFolderError(
+                f"the earlier demo in {out} cannot be removed: {error.strerror}. Choose another folder with --out."
+            ) from error
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / MARK).write_text("Made by `koat demo`, which replaces this folder.\n", encoding="utf-8")

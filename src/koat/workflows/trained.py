@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from koat.adapters.files import CONFIG, list_weight_files, read_adapter_config
+from koat.core.config import Layer, resolve
 from koat.core.errors import AdapterError, ModelError, RunFolderError
 from koat.core.fingerprint import fingerprint_file
 from koat.core.run_folder import RunFolder
@@ -18,10 +19,11 @@ from koat.model import find_commit, fingerprint_base, list_weights, load_config,
 
 TEMPLATE = "prompt_template.json"
 TOKENIZER = (
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json",
+    "tokenizer.json", "tokenizer_config.json", "*.model", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "vocab.txt", "merges.txt", "*.tiktoken", "chat_template.jinja", "chat_template.json",
+    "tokenization_*.py",
 )  # fmt: skip
-"""Files that a tokenizer may consist of."""
+"""Patterns of the files that a tokenizer may consist of, code of its own included."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +40,7 @@ class Trained:
         """Where predictions and scores of this adapter belong."""
         return self.run.predictions if self.run else self.folder / "predictions"
 
-    def read_config(self) -> dict[str, Any]:
+    def read_adapter_config(self) -> dict[str, Any]:
         """Return PEFT's configuration of the adapter, or what stands for it."""
         return read_adapter_config(self.folder)
 
@@ -93,7 +95,8 @@ def find_trained(target: str | Path, settings: ModelSettings | None = None) -> T
 def find_run(path: Path, settings: ModelSettings | None = None) -> Trained:
     """Find a run of koat's, checking that its base is the one it was trained on."""
     run = RunFolder.open(path)
-    stored = ModelSettings(**run.read_config()["model"])
+    kept = run.read_config().get("model")
+    stored = resolve(ModelSettings, [Layer(str(run.config), kept if isinstance(kept, dict) else {})]).settings
     if settings is not None:
         given = settings.model_dump(exclude_unset=True)
         stored = stored.model_copy(update={key: value for key, value in given.items() if value != ""})
@@ -112,7 +115,7 @@ def find_run(path: Path, settings: ModelSettings | None = None) -> Trained:
             f"The run in {path} was trained on another base model: fingerprint {recorded['fingerprint']}, but "
             f"{stored.base!r} has {found}. Give the right one with `--base`."
         )
-    return Trained(path.name, run.adapter, stored, run)
+    return Trained(path.resolve().name, run.adapter, stored, run)
 
 
 def settle_codes(model: ModelSettings, config: dict[str, Any]) -> ModelSettings:

@@ -9,7 +9,7 @@ from collections.abc import Sequence as ListLike
 from pathlib import Path
 from typing import Any
 
-from koat.core.atomic import remove, write_json, write_text
+from koat.core.atomic import check_writable, remove, write_json, write_text
 from koat.core.errors import ModelError
 from koat.evaluation.contract import hash_value
 from koat.evaluation.result import TaskResult
@@ -24,7 +24,6 @@ __all__ = ["Subject", "evaluate_subject", "load_subject", "open_subject"]
 OnProgress = Callable[[str, int, int], None]
 UNFINISHED = "unfinished-{}.scores.json"
 """Holds what is there of an evaluation whose other tasks are still asked; in its name, the hash of what was asked."""
-PROBE = "probe.txt"
 LONGEST_NAME = 100
 """Characters of a file's name; longer lists of tasks are told apart by a hash."""
 
@@ -74,9 +73,7 @@ def evaluate_exam(
     stems: list[str] = []
     report = begin_report(subject, exam)
     draft = subject.predictions / UNFINISHED.format(hash_value(report["asked"])[:8])
-    probe = subject.predictions / PROBE
-    write_text(probe, "")  # a folder that cannot be written is found now, not after hours
-    remove(probe)
+    check_writable(subject.predictions)  # found now, not after hours
     for key, task in exam.tasks.items():
         with Cost(next(subject.model.parameters()).device) as cost:
             found[key] = ASK[type(task)](subject, task, exam.asking, report_for(task.name, on_progress))

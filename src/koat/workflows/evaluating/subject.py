@@ -18,7 +18,7 @@ from koat.evaluation.contract import hash_value
 from koat.forest.choose import choose_layout
 from koat.forest.score import Layout
 from koat.forest.verify import Verification
-from koat.model import load_model, load_tokenizer
+from koat.model import NANO, load_model, load_tokenizer
 from koat.quantise.check import QuantisedCheck, check_quantised_layers
 from koat.workflows.trained import find_trained, is_trained
 
@@ -69,7 +69,7 @@ def choose_folder(name: str, target: str) -> Path:
 
 def locate(target: str) -> str:
     """Return what a model's name stands for: a folder's place, or the name on the Hub."""
-    return str(Path(target).resolve()) if Path(target).is_dir() else target
+    return str(Path(target).resolve()) if target != NANO and Path(target).is_dir() else target
 
 
 def read_target(path: Path) -> str:

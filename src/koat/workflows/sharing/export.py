@@ -133,7 +133,7 @@ def export_adapter(
 ) -> Path:
     """Copy a LoRA adapter with a note on how vLLM serves it."""
     trained = find_trained(source, settings)
-    stored = trained.read_config()
+    stored = trained.read_adapter_config()
     kind = str(stored["peft_type"])
     more = [f"{kind} with {name}" for name in BEYOND_VLLM if stored.get(name) not in (None, False, [], "none")]
     if program != "vllm" or kind not in SERVED_BY_VLLM or more:

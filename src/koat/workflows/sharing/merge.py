@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import math
 import shutil
@@ -19,7 +18,9 @@ from koat.adapters.full import write_model_folder
 from koat.adapters.merge import check_mergeable, merge_adapter, round_weights
 from koat.core.atomic import atomic_folder, write_json
 from koat.core.errors import AdapterError, ConfigError, RunFolderError
+from koat.core.precision import exact_products
 from koat.core.settings import ModelSettings
+from koat.evaluation.contract import find_version
 from koat.model import build_empty, load_config, load_model, load_tokenizer
 from koat.quantise.undo import QuantisedLayer, dequantise_model, requantise_weights
 from koat.workflows.sharing.probe import Difference, Prompts, choose_prompts, collect_logits, compare_logits
@@ -58,6 +59,7 @@ class Stages:
     """Of the float32 merge with its weights quantised as the base was."""
 
 
+@exact_products()
 def merge_run(
     target: str | Path,
     out: Path,
@@ -78,7 +80,7 @@ def merge_run(
     """
     trained = find_trained(target, settings)
     trained = replace(trained, model=trained.model.model_copy(update={"device": device}))
-    check_mergeable(trained.read_config(), str(target), trained.read_method())
+    check_mergeable(trained.read_adapter_config(), str(target), trained.read_method())
     claim_folder(out, overwrite)
     tokenizer = load_tokenizer(trained.model)
     prompts = choose_prompts(trained, tokenizer)
@@ -87,6 +89,7 @@ def merge_run(
     if measure_requantising and not layers:
         raise AdapterError("--requantise: the base model is not quantised, so there is nothing to quantise again.")
     model, stages = merge_in_stages(model, prompts, kind, layers if measure_requantising else [])
+    name_end(model, tokenizer)
     with atomic_folder(out) as draft:
         write_model_folder(model.to(kind), draft)
         del model
@@ -179,9 +182,15 @@ def _refuse_beyond(what: str, found: Difference, limit: float) -> None:
         )
 
 
+def name_end(model: Any, tokenizer: Any) -> None:
+    """Let a model that names no token to stop at stop at the one that koat trains responses to end with."""
+    if model.generation_config.eos_token_id is None:
+        model.generation_config.eos_token_id = tokenizer.eos_token_id
+
+
 def save_company(trained: Trained, tokenizer: Any, folder: Path) -> None:
     """Put the tokenizer, its chat template and koat's prompt template beside the merged weights."""
-    own = [trained.folder / name for name in TOKENIZER if (trained.folder / name).is_file()]
+    own = [path for pattern in TOKENIZER for path in trained.folder.glob(pattern) if path.is_file()]
     for path in own:  # as it was trained with
         shutil.copyfile(path, folder / path.name)
     if not own:
@@ -190,7 +199,8 @@ def save_company(trained: Trained, tokenizer: Any, folder: Path) -> None:
     template = trained.read_template()
     if template is not None:
         # A chat template without its text would be of no use there.
-        template.bind(AutoTokenizer.from_pretrained(str(folder)))
+        stored = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trained.model.trust_remote_code)
+        template.bind(stored)
         shutil.copyfile(trained.folder / TEMPLATE, folder / TEMPLATE)
 
 
@@ -206,10 +216,10 @@ def describe_merge(
 ) -> dict[str, Any]:
     """Return the record that lies in the merged folder; it names no folder of this machine."""
     return {
-        "koat": importlib.metadata.version("koat"),
+        "koat": find_version(),
         "adapter": {
             "name": trained.name,
-            "kind": trained.read_config()["peft_type"],
+            "kind": trained.read_adapter_config()["peft_type"],
             "sha256": fingerprint_adapter(trained.folder),
         },
         "base": {"name": public_name(trained.model.base), "fingerprint": read_base_fingerprint(trained)},

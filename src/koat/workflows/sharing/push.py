@@ -70,7 +70,7 @@ def prepare_upload(
     sent: a local base goes by its folder's name. Raises KoatError.
     """
     trained = find_trained(target)
-    if merged is None and trained.read_config()["peft_type"] == WHOLE:
+    if merged is None and trained.read_adapter_config()["peft_type"] == WHOLE:
         raise RunFolderError(
             f"{target} holds a whole model, not an adapter. Write it in the type to be served in, then send that: "
             f"koat merge {target} --out DIR, and koat push {target} {repo} --merged DIR"
@@ -83,7 +83,7 @@ def prepare_upload(
         files |= {path.name: path for path in sorted(folder.glob(pattern)) if path.is_file()}
     named = base or public_name(trained.model.base)
     if kind == "adapter":
-        config = {**trained.read_config(), "base_model_name_or_path": named}
+        config = {**trained.read_adapter_config(), "base_model_name_or_path": named}
         files[CONFIG] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
     card = write_card(gather_facts(trained, repo, named, licence, record, is_local=base is None and is_local(trained)))
     files[CARD] = card.replace('"REPO"', f'"{repo}"').encode()
@@ -118,7 +118,7 @@ def gather_facts(
     template = trained.read_template()
     manifest = trained.run.read_manifest() if trained.run else {}
     config = trained.run.read_config() if trained.run else {}
-    method = str(manifest.get("method") or str(trained.read_config()["peft_type"]).lower())
+    method = str(manifest.get("method") or str(trained.read_adapter_config()["peft_type"]).lower())
     return CardFacts(
         name=repo.rpartition("/")[2],
         method=METHODS[method].title if method in METHODS else method,

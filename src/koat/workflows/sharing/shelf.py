@@ -61,7 +61,9 @@ def show_adapter(target: str | Path) -> AdapterEntry:
     run = path if (path / "config.yaml").is_file() else None
     folder = path / "adapter" if run else path
     if run and not folder.is_dir():
-        raise RunFolderError(f"{path} holds no adapter: the run did not finish.")
+        raise RunFolderError(
+            f"{path} holds no adapter: the run did not finish. Go on with `koat finetune --resume {path}`."
+        )
     if not run and (path.parent / "config.yaml").is_file() and path.name == "adapter":
         run = path.parent
     stored = read_adapter_config(folder)
@@ -175,7 +177,7 @@ def check_same_template(found: Sequence[Trained]) -> None:
 def read_stored(trained: Trained) -> StoredAdapter:
     """Read an adapter's files."""
     state = {} if is_whole_model(trained.folder) else read_adapter_file(trained.folder / WEIGHTS)
-    return StoredAdapter(trained.name, trained.read_config(), read_extra(trained.folder), state)
+    return StoredAdapter(trained.name, trained.read_adapter_config(), read_extra(trained.folder), state)
 
 
 def write_state(folder: Path, config: dict[str, Any], state: dict[str, Any]) -> None:

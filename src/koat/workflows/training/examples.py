@@ -66,6 +66,20 @@ def load_examples(
     return Examples(encoded["train"].sequences, held_out, templates, reports, remarks)
 
 
+def check_vocabulary(examples: Examples, tokenizer: Any, base_config: Any) -> None:
+    """Raise DataError where the tokenizer makes a token that the base model has no embedding for."""
+    known: int | None = getattr(base_config.get_text_config(), "vocab_size", None)
+    sequences = [*examples.train, *examples.validation]
+    highest = max(max(ids) for each in sequences for ids in (each.token_ids, *each.alternatives) if ids)
+    if known is not None and highest >= known:
+        token = tokenizer.convert_ids_to_tokens(highest)
+        raise DataError(
+            f"the tokenizer makes the token {token!r}, id {highest}, and the base model knows {known} tokens, ids 0 to "
+            f"{known - 1}: it was added to the tokenizer alone. Take it out of the tokenizer, or give the base an "
+            "embedding for it (transformers' resize_token_embeddings) and save both into one folder."
+        )
+
+
 def list_choices(settings: DataSettings) -> dict[str, list[str]]:
     """Return all words of each coded field, by the name that records have it under."""
     return {compose(field): list(words.values()) for field, words in settings.values.items()}
@@ -120,6 +134,11 @@ def hold_out(records: list[Record], fraction: float, seed: int) -> tuple[list[Re
     random.Random(seed).shuffle(names)
     held = set(names[: max(1, round(len(names) * fraction))])
     train = [record for record in records if (record.group or record.source) not in held]
+    if records and not train:
+        raise DataError(
+            f"data.validation_fraction={fraction:g} holds out all {len(names)} groups (articles, or rows), and none is "
+            "left to train on. Set it to 0, or name a file in data.validation."
+        )
     return train, [record for record in records if (record.group or record.source) in held]
 
 

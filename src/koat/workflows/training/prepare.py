@@ -21,6 +21,7 @@ from koat.forest.choose import choose_layout
 from koat.forest.score import Layout, unwrap
 from koat.forest.verify import Verification
 from koat.model import (
+    NANO,
     count_parameters,
     find_commit,
     find_context_length,
@@ -34,7 +35,7 @@ from koat.quantise.check import check_quantised_layers
 from koat.workflows.config import PlanConfig, RunConfig
 from koat.workflows.out_of_memory import TO_TRAIN, explain_out_of_memory
 from koat.workflows.trained import fingerprint_adapter
-from koat.workflows.training.examples import Examples, load_examples
+from koat.workflows.training.examples import Examples, check_vocabulary, load_examples
 from koat.workflows.training.manifest import describe_hardware, describe_versions, fingerprint_data
 
 Say = Callable[[str], None]
@@ -58,6 +59,7 @@ def prepare_run(config: RunConfig, model_settings: ModelSettings, say: Say) -> P
     context, training = find_context_length(base_config), config.training
     room = find_text_room(config.adapter, context, say)
     examples = load_examples(config.data, tokenizer, room, training.seed, with_choices=training.wants_choices)
+    check_vocabulary(examples, tokenizer, base_config)
     for remark in [*describe_remarks(config.adapter, base_config), *examples.remarks]:
         say(f"! {remark}")
     for part, report in examples.reports.items():
@@ -139,7 +141,7 @@ def settle_paths(config: RunConfig | PlanConfig) -> dict[str, Any]:
     values = to_mapping(config)
     for section, key in (("model", "base"), ("adapter", "start")):
         named = values[section].get(key)
-        if named and Path(named).is_dir():
+        if named and named != NANO and Path(named).is_dir():
             values[section][key] = str(Path(named).resolve())
     return values
 
