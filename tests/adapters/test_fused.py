@@ -229,14 +229,19 @@ def compute_by_formula(spoilt: int = -1) -> SimpleNamespace:
     def spoil(number: int, found: torch.Tensor) -> torch.Tensor:
         return found.fill_(float("nan")) if number == spoilt else found
 
-    def rescale(gate, vector, kind, up):
-        return spoil(0, torch.nn.functional.silu(gate) * up * vector)
+    def compute(gate, vector, kind, up=None):
+        return ACT2FN[NAMES[kind]](gate) * (1 if up is None else up) * vector
 
-    def pull_back(gradient, gate, vector, kind, up):
-        product = lambda gate, up, vector: torch.nn.functional.silu(gate) * up * vector  # noqa: E731
+    def rescale(gate, vector, kind, up=None):
+        return spoil(0 if kind == "silu" else 7, compute(gate, vector, kind, up))
+
+    def pull_back(gradient, gate, vector, kind, up=None):
+        given = (gate, vector) if up is None else (gate, up, vector)
         with torch.enable_grad():
-            found = differentiate(product, (gate, up, vector), gradient)[1]
-        return tuple(spoil(1 + number, each) for number, each in enumerate(found))
+            found = differentiate(
+                lambda gate, *rest: compute(gate, rest[-1], kind, None if up is None else rest[0]), given, gradient
+            )[1]
+        return tuple(spoil((1 if up is not None else 8) + number, each) for number, each in enumerate(found))
 
     def pull_back_norm(gradient, x, weight, offset, eps):
         normed = lambda x: x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * weight  # noqa: E731
@@ -249,7 +254,7 @@ def compute_by_formula(spoilt: int = -1) -> SimpleNamespace:
     return SimpleNamespace(rescale=rescale, pull_back=pull_back, pull_back_norm=pull_back_norm, turn=turn)
 
 
-@pytest.mark.parametrize("spoilt", range(7))
+@pytest.mark.parametrize("spoilt", range(10))
 def test_what_is_no_number_is_no_small_difference(spoilt) -> None:
     device = torch.device(DEVICE)
     right, wrong = compute_by_formula(), compute_by_formula(spoilt)
@@ -267,6 +272,12 @@ def test_kernels_may_be_tried_within_a_checkpointed_layer(monkeypatch) -> None:
     checkpoint(norm, x, use_reentrant=False).square().sum().backward()
     (expected,) = torch.autograd.grad(LlamaRMSNorm(40)(x).square().sum(), x)
     torch.testing.assert_close(x.grad, expected)
+
+
+def test_kernels_may_be_tried_in_inference_mode() -> None:
+    formulas = compute_by_formula()
+    with torch.inference_mode():
+        try_kernels(formulas)
 
 
 def try_kernels(formulas: SimpleNamespace) -> None:

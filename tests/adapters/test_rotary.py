@@ -139,9 +139,10 @@ def test_a_type_or_a_call_that_is_not_known_goes_to_the_models_own(monkeypatch) 
     assert torch.equal(rotate(rows, rows, *wide, unsqueeze_dim=2)[0], plain(rows, rows, *wide, unsqueeze_dim=2)[0])
     with pytest.raises(RuntimeError, match="must match"):
         rotate(torch.randn(2, 4, 9, 32), heads, *wide)
-    assert asked == [1, 2, 2, 1]
+    rotate(heads[0], heads[0], *(each[:1, None] for each in wide), 0)
+    assert asked == [1, 2, 2, 1, 0]
     rotate(heads.bfloat16(), heads.bfloat16(), *short)
-    assert asked == [1, 2, 2, 1]
+    assert asked == [1, 2, 2, 1, 0]
 
 
 def turn_neighbours(query: Any, key: Any, cos: Any, sin: Any) -> Any:
@@ -154,7 +155,15 @@ def turn_neighbours(query: Any, key: Any, cos: Any, sin: Any) -> Any:
     return turn(query), turn(key)
 
 
-@pytest.mark.parametrize("other", [turn_neighbours, lambda query, key: (query, key), lambda *given: given[0], None])
+def turn_on_a_gpu(query: Any, key: Any, cos: Any, sin: Any) -> Any:
+    assert query.is_cuda
+    return query, key
+
+
+OTHERS = [turn_neighbours, turn_on_a_gpu, lambda query, key: (query, key), lambda *given: given[0], None]
+
+
+@pytest.mark.parametrize("other", OTHERS)
 def test_what_turns_otherwise_is_found_out(other) -> None:
     assert turns_alike(llama.apply_rotary_pos_emb, 1.0) and not turns_alike(llama.apply_rotary_pos_emb, 0.5)
     assert turns_alike(gpt_neox.apply_rotary_pos_emb, 1.0) and turns_alike(gpt_neox.apply_rotary_pos_emb, 0.5)

@@ -188,6 +188,21 @@ def test_questions_stand_in_tables_and_rows_as_well(tmp_path: Path, questions: s
         read_questions(TASK.model_copy(update={"columns": {"output": "reply"}}), str(tmp_path / "rows.csv"))
 
 
+def test_questions_without_a_text_are_asked_where_a_task_names_its_columns_so(
+    tmp_path: Path, model: Any, tokenizer: Any
+) -> None:
+    (tmp_path / "rows.csv").write_text("q,a\n무엇?,가\n어디?,나\n무엇?,가\n", encoding="utf-8")
+    task = TASK.model_copy(update={"columns": {"instruction": "q", "output": "a"}, "template": "koalpaca"})
+    layout, _ = verify_layout(model)
+    result = evaluate_answers(model, layout, tokenizer, task, str(tmp_path / "rows.csv"))
+    assert [row["context"] for row in result.predictions] == [None] * 3
+    assert result.notes == [] and result.scores["f1"].num_items == 3
+    (tmp_path / "holes.csv").write_text("t,q,a\n가 나,무엇?,가\n,무엇?,나\n", encoding="utf-8")
+    on_texts = task.model_copy(update={"columns": {**task.columns, "context": "t"}})
+    with pytest.raises(DataError, match=r"holes\.csv:3: context missing or empty"):
+        read_questions(on_texts, str(tmp_path / "holes.csv"))
+
+
 def test_questions_on_one_text_are_no_independent_draws(model: Any, tokenizer: Any, questions: str) -> None:
     layout, _ = verify_layout(model)
     result = evaluate_answers(model, layout, tokenizer, TASK, questions)

@@ -72,6 +72,20 @@ def test_a_model_stops_at_the_token_that_it_was_trained_to_end_with(make_model, 
     assert max(map(len, found)) < NUM_NEW and (grows or len(passes) == max(map(len, found))), "nobody writes on"
 
 
+@pytest.mark.parametrize("grows", [True, False])
+def test_an_end_that_is_asked_for_takes_the_place_of_the_model_s(make_model, tokenizer, grows) -> None:
+    """`--gen_kwargs eos_token_id=...` of lm-eval."""
+    model = make_model("llama", vocab_size=VOCABULARY)
+    layout = verify_layout(model)[0] if grows else make_padded()
+    prompts = draw_prompts(8, 12)
+    whole = [write_singly(model, prompt) for prompt in prompts]
+    model.generation_config.eos_token_id = whole[0][1]
+    for asked in (whole[0][3], [whole[0][3]]):
+        found = continue_prompts(model, layout, tokenizer, prompts, Ending((), NUM_NEW, {"eos_token_id": asked}))
+        ends = [ids.index(whole[0][3]) if whole[0][3] in ids else NUM_NEW for ids in whole]
+        assert found.token_ids == [ids[: end + 1] for ids, end in zip(whole, ends, strict=True)]
+
+
 def test_padding_is_a_token_that_the_model_knows(make_model, tokenizer) -> None:
     model = make_model("llama", vocab_size=VOCABULARY)
     other = retell(tokenizer, pad_token_id=VOCABULARY, unk_token_id=VOCABULARY + 1)

@@ -8,8 +8,14 @@ import numpy as np
 import pytest
 from scipy.stats import t
 
-from koat.evaluation.metrics import score_values
-from koat.evaluation.significance import compare_answers, compare_seeds, compare_values
+from koat.evaluation.metrics import score_values, wilson_interval
+from koat.evaluation.significance import (
+    compare_answers,
+    compare_seeds,
+    compare_values,
+    find_least_error,
+    newcombe_paired,
+)
 from koat.evaluation.spread import measure_spread
 from koat.evaluation.texts import has_shared_texts, join_by_text
 
@@ -35,17 +41,31 @@ def test_values_on_texts_of_their_own_stay_as_they_are() -> None:
         assert join_by_text(values, texts).tolist() == values.tolist()
 
 
-def test_the_mean_is_that_of_all_questions_and_the_error_the_ratio_estimators() -> None:
+def test_the_mean_is_that_of_all_questions_and_the_error_the_jackknifes() -> None:
     rng = np.random.default_rng(0)
     sizes = [1, 7, 3, 12, 2, 5]
     values, texts = rng.uniform(size=sum(sizes)), draw_texts(sizes)
     joined = join_by_text(values, texts)
     assert len(joined) == len(sizes) and joined.mean() == pytest.approx(values.mean())
-    # Cochran (1977): the variance of sum(y) / sum(m) over n clusters is sum (y - r m)^2 / (n (n - 1) mean(m)^2).
-    sums = np.array([values[np.array(texts) == name].sum() for name in dict.fromkeys(texts)])
-    rest = sums - values.mean() * np.array(sizes)
-    expected = (rest**2).sum() / (len(sizes) * (len(sizes) - 1) * np.mean(sizes) ** 2)
+    # Efron and Tibshirani (1993), equation 11.5: (n - 1) / n times the sum of squares of the means without one text.
+    without = np.array([values[np.array(texts) != name].mean() for name in dict.fromkeys(texts)])
+    expected = (len(sizes) - 1) / len(sizes) * ((without - without.mean()) ** 2).sum()
     assert joined.var(ddof=1) / len(joined) == pytest.approx(expected)
+
+
+def test_of_texts_with_as_many_questions_each_has_its_own_mean() -> None:
+    values = np.random.default_rng(1).uniform(size=(2, 5, 4))
+    joined = join_by_text(values.reshape(2, 20), draw_texts([4] * 5))
+    np.testing.assert_allclose(joined, values.mean(-1))
+
+
+def test_a_text_with_most_of_the_questions_makes_no_difference_sure() -> None:
+    rng, texts, told_apart = np.random.default_rng(6), draw_texts([50, *[1] * 11]), []
+    for _ in range(200):
+        lean = rng.normal(0, 0.3, 12)
+        difference = np.repeat(lean, [50, *[1] * 11]) + rng.normal(0, 0.4, 61)
+        told_apart.append(compare_values(np.zeros(61), difference, texts).p < 0.05)
+    assert np.mean(told_apart) < 0.2, "linearised, the large text's own residual is nothing: 0.7"
 
 
 @pytest.mark.parametrize("num_texts", [12, 80])
@@ -88,10 +108,29 @@ def test_a_score_on_few_texts_has_students_interval_over_them() -> None:
     assert score.high - score.low > 2 * (plain.high - plain.low)
 
 
-@pytest.mark.parametrize("values", [[1.0, 0.0] * 40, [1.0] * 80, [0.25, 0.75] * 10])
+@pytest.mark.parametrize("values", [[1.0, 0.0] * 40, [0.25, 0.75] * 10])
 def test_texts_that_are_alike_make_no_interval_narrower(values: list[float]) -> None:
     texts = draw_texts([2] * (len(values) // 2))
     assert score_values("f1", values, texts) == score_values("f1", values)
+
+
+def test_where_all_are_wrong_as_few_texts_as_there_are_leave_room() -> None:
+    texts = draw_texts([15] * 4)
+    score, found = score_values("exact_match", [0.0] * 60, texts), compare_values([0.0] * 60, [0.0] * 60, texts)
+    assert (score.low, score.high) == wilson_interval(0, 4)
+    assert (found.value, found.p) == (0.0, 1.0)
+    assert (found.low, found.high) == newcombe_paired(0, 0, 0, 4) and found.high > 0.2
+
+
+def test_what_few_texts_could_have_shown_is_more_than_their_interval_is_wide() -> None:
+    rng = np.random.default_rng(7)
+    left, right, texts = np.zeros(500), rng.normal(0, 0.1, 500), draw_texts([125] * 4)
+    found = compare_values(left, right, texts)
+    reach, error = (found.high - found.low) / 2, join_by_text(right, texts).std(ddof=1) / 2
+    error = max(error, find_least_error(found.value, 4, 3))
+    assert reach == pytest.approx(error * t.ppf(0.975, 3))
+    assert found.find_smallest() == pytest.approx(error * (t.ppf(0.975, 3) + t.ppf(0.8, 3)), rel=1e-3)
+    assert found.find_smallest() > reach
 
 
 def test_items_answered_right_by_one_side_alone_are_counted() -> None:

@@ -95,6 +95,10 @@ def test_questions_on_one_text_count_as_one_draw(tmp_path: Path) -> None:
     # As draws of their own, five questions a text make the interval look shorter by about the root of five.
     assert (found["high"] - found["low"]) / (plain["high"] - plain["low"]) == pytest.approx(5**0.5, rel=0.1)
     assert "over texts" in " ".join(call_koat("compare", *folders)[1].split())
+    older = write_scores(tmp_path / "older", worse)  # before texts were kept: the items are the same
+    for pair in ((older, folders[1]), (folders[1], older)):
+        (again,) = compare(*pair)["comparisons"]
+        assert again["test"] == found["test"] and again["p"] == found["p"]
 
 
 def test_values_between_zero_and_one_are_bootstrapped(tmp_path: Path) -> None:

@@ -85,6 +85,9 @@ def test_processes_that_were_launched_together_share_no_gpu(monkeypatch: pytest.
         monkeypatch.setenv("WORLD_SIZE", count)
         assert finetune.make_accelerator(ModelSettings(base="nano", device=device), training)
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")  # two machines, each with its first GPU
+    assert finetune.make_accelerator(ModelSettings(base="nano", device="cuda:0"), training)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
     for device in ("cuda:0", "cuda:1"):
         with pytest.raises(ConfigError, match=rf"model\.device={device} puts all 2 .*Set model\.device=cuda,"):
             finetune.make_accelerator(ModelSettings(base="nano", device=device), training)

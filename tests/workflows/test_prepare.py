@@ -27,6 +27,15 @@ def test_the_model_that_ships_is_no_folder_of_that_name(tmp_path: Path, monkeypa
         assert locate(name) == whole
 
 
+def test_the_model_that_ships_is_opened_beside_a_run_of_that_name(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "nano").symlink_to(finished)
+    monkeypatch.chdir(tmp_path)
+    assert koat.load("nano").template is None
+    assert koat.load("./nano").template is not None
+
+
 def test_a_tilde_stands_for_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     settings = {"train": ["~/a.jsonl", "owner/name"], "validation": ["~/b"], "splits": "~/c.tsv", "template": "koat"}

@@ -28,3 +28,5 @@ def test_a_slip_in_a_run_s_settings_is_one_message(old: str, new: str, message: 
 def test_the_folder_one_stands_in_has_a_name(own_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(own_run)
     assert find_trained(".").name == own_run.name
+    (own_run.parent / "best").symlink_to(own_run)
+    assert find_trained(own_run.parent / "best").name == "best"

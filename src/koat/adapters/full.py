@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from koat.adapters.files import compare_states
-from koat.adapters.rotary import refine_rotary
 from koat.core.errors import AdapterError
 from koat.quantise.weights import list_quantised
 
@@ -68,7 +67,6 @@ def train_whole(model: nn.Module) -> FullModel:
     """Make every weight of a model trainable, held in float32, tied ones once. Raises AdapterError if quantised."""
     if list_quantised(model):
         raise AdapterError("Full fine-tuning needs a base that is not quantised. Set model.quantisation=none.")
-    refine_rotary(model)
     return FullModel(model.float().requires_grad_(True))
 
 

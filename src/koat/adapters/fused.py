@@ -56,6 +56,7 @@ def _load_kernels(device: torch.device, dtype: torch.dtype) -> tuple[ModuleType,
     return fused_kernels, frozen_kernels
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def measure_kernels(fused: Any, frozen: Any, device: torch.device, dtype: torch.dtype) -> float:
     """Return the largest relative difference of what the kernels compute from the formulas.
@@ -74,6 +75,8 @@ def measure_kernels(fused: Any, frozen: Any, device: torch.device, dtype: torch.
             frozen.pull_back_norm(gradient, gate, vector, 0.0, 1e-6),
             frozen.turn(heads, cos, sin),
             frozen.turn(heads, cos, sin, back=True),
+            fused.rescale(gate, vector, "gelu"),
+            *(each for each in fused.pull_back(gradient, gate, vector, "gelu") if each is not None),
         ]
         with torch.enable_grad():
             leaves = [tensor.detach().float().requires_grad_() for tensor in (gate, up, vector, heads)]
@@ -83,6 +86,8 @@ def measure_kernels(fused: Any, frozen: Any, device: torch.device, dtype: torch.
             wanted = [product, *torch.autograd.grad(product, leaves[:3], gradient.float())]
             wanted += torch.autograd.grad(normed, leaves[:1], gradient.float())
             wanted += [turned, *torch.autograd.grad(turned, leaves[3:], heads.float())]
+            alone = F.gelu(leaves[0]) * leaves[2]
+            wanted += [alone, *torch.autograd.grad(alone, [leaves[0], leaves[2]], gradient.float())]
     return find_largest(float((a.float() - b).norm() / b.norm()) for a, b in zip(found, wanted, strict=True))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -12,6 +13,11 @@ from koat.core.atomic import cannot_write, clean_leftovers, remove, write_json, 
 from koat.core.config_files import read_config_file
 from koat.core.errors import ConfigError, RunFolderError, suggest
 from koat.core.lock import hold
+
+
+def name_folder(path: Path) -> str:
+    """Return a folder's name, also of `.`; a link keeps its own."""
+    return Path(os.path.abspath(path)).name
 
 
 @dataclass(frozen=True)

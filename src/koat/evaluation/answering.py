@@ -29,6 +29,8 @@ from koat.evaluation.room import find_room
 from koat.evaluation.scorer import Progress
 from koat.forest.score import Layout
 
+FIELDS = ("context", "instruction", "output")
+"""What a record of a question on a text has; the context may lack where a task names its columns without it."""
 TABLE_FIELDS = {"question": "instruction", "answer": "output"}
 """What the columns of a table of questions are often called, and the fields that they stand for."""
 log = logging.getLogger(__name__)
@@ -88,8 +90,9 @@ def evaluate_answers(
 
 def note_shared_texts(questions: Sequence[Question]) -> list[str]:
     """Say what counts as a draw where several questions are on one text."""
-    num_texts = len({each.record.fields["context"] for each in questions})
-    if num_texts == len(questions):
+    texts = {each.record.fields["context"] for each in questions}
+    num_texts = len(texts)
+    if num_texts == len(questions) or "" in texts:
         return []
     if num_texts == 1:
         return ["All questions are on one text: intervals hold for other questions on it, and not for other texts."]
@@ -126,7 +129,8 @@ def _summarise(
 def score_answers(predictions: Sequence[dict[str, Any]]) -> dict[str, Score]:
     """Return each metric's mean over all questions; its interval takes the texts that they are on as what is drawn."""
     texts = [row["context"] for row in predictions]
-    return {name: score_values(name, [row["correct"][name] for row in predictions], texts) for name in METRICS}
+    known = None if None in texts else texts
+    return {name: score_values(name, [row["correct"][name] for row in predictions], known) for name in METRICS}
 
 
 def read_questions(task: AnswerTask, path: str) -> list[Question]:
@@ -138,8 +142,10 @@ def read_questions(task: AnswerTask, path: str) -> list[Question]:
     records, has_several = found.records, found.format == "squad"
     if not task.columns and found.format == "table" and TABLE_FIELDS.keys() <= records[0].fields.keys():
         records = [rename_fields(record) for record in records]
+    needed = ("instruction", "output") if task.columns and "context" not in task.columns else FIELDS
     for record in records:
-        check_question(record)
+        check_question(record, needed)
+    records = [replace(record, fields={"context": "", **record.fields}) for record in records]
     ids = [record.fields.get("id", "") for record in records]
     if "" in ids or len(set(ids)) < len(ids):
         ids = [str(number) for number in range(1, len(records) + 1)]
@@ -155,9 +161,9 @@ def rename_fields(record: Record) -> Record:
     return replace(record, fields={**record.fields, **known})
 
 
-def check_question(record: Record) -> None:
-    """Raise DataError for a record that is no question on a text with an answer."""
-    lacking = [name for name in ("context", "instruction", "output") if not record.fields.get(name, "").strip()]
+def check_question(record: Record, needed: Sequence[str]) -> None:
+    """Raise DataError for a record that lacks a field of a question with an answer, or the text that it is on."""
+    lacking = [name for name in needed if not record.fields.get(name, "").strip()]
     if lacking:
         raise DataError(
             f"{record.source}: {', '.join(lacking)} missing or empty; a question on a text has context, instruction "
@@ -216,13 +222,13 @@ def _write_answers(
 def predict_answer(question: Question, text: str) -> dict[str, Any]:
     """Return the record of one prediction: article, question, right answers, what was written, scores.
 
-    `context` is the article's hash: questions on one are no draws of their own.
+    `context` is the article's hash, None where there is none: questions on one are no draws of their own.
     """
     fields = question.record.fields
     return {
         "id": question.id,
         "text": {"title": fields.get("title", ""), "question": fields["instruction"]},
-        "context": hash_value(fields["context"]),
+        "context": hash_value(fields["context"]) if fields["context"] else None,
         "gold": question.answers[0],
         "golds": list(question.answers),
         "predicted": dict.fromkeys(METRICS, text),

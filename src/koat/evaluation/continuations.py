@@ -129,12 +129,19 @@ class _Writer:
     tokenizer: Any
     ending: Ending
 
+    def find_ends(self) -> set[int]:
+        """Return the tokens that end a text: those asked for, else the model's and training's."""
+        asked = self.ending.options.get("eos_token_id")
+        if asked is None:
+            return list_end_tokens(unwrap(self.model), self.tokenizer)
+        return set(asked) if isinstance(asked, list) else {asked}
+
     def grow(
         self, prompts: Sequence[tuple[int, ...]], token_budget: int, on_progress: Callable[[int], None]
     ) -> Continuations:
         """Continue all prompts as a forest, what they share computed once."""
         texts, causal = StopTexts(self.tokenizer, self.ending.until), unwrap(self.model)
-        ends = torch.tensor(sorted(list_end_tokens(causal, self.tokenizer)), dtype=torch.int64, device=causal.device)
+        ends = torch.tensor(sorted(self.find_ends()), dtype=torch.int64, device=causal.device)
 
         def is_done(places: Sequence[int], written: Tensor) -> Tensor:
             return torch.isin(written[:, -1], ends) | texts.find(written)
@@ -167,22 +174,19 @@ class _Writer:
         from transformers import StoppingCriteriaList
 
         causal, caller = unwrap(self.model), _prepare(self.model, self.layout)
-        ends, texts = list_end_tokens(causal, self.tokenizer), StopTexts(self.tokenizer, self.ending.until)
+        ends, texts = self.find_ends(), StopTexts(self.tokenizer, self.ending.until)
         width, padding = len(prompts[0]), _find_padding(self.tokenizer, causal)
         ids = torch.tensor([(padding,) * (width - len(prompt)) + prompt for prompt in prompts], device=causal.device)
         mask = torch.tensor(
             [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=causal.device
         )
+        options = {"pad_token_id": padding, "use_cache": True, **self.ending.options}
+        fixed = {"eos_token_id": sorted(ends) or None, "num_return_sequences": 1}
         output = caller.generate(
             input_ids=ids,
             attention_mask=mask,
-            max_new_tokens=self.ending.max_new_tokens,
             stopping_criteria=StoppingCriteriaList([StopAtTexts(texts, width)]),
-            pad_token_id=padding,
-            eos_token_id=sorted(ends) or None,
-            num_return_sequences=1,
-            use_cache=True,
-            **self.ending.options,
+            **{**options, **fixed, "max_new_tokens": self.ending.max_new_tokens},
         )
         return [texts.cut(_cut(tuple(row), ends)) for row in output[:, width:].tolist()]
 

@@ -10,13 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from koat.evaluation.bootstrap import BLOCK, NUM_SAMPLES
 from koat.evaluation.texts import has_shared_texts, join_by_text
 
 FEW = 30
 """So many items the bootstrap needs: drawn from fewer, its means spread too little."""
-NUM_SAMPLES = 10_000
-BLOCK = 2_000_000
-"""Draws of the bootstrap that are held at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +75,8 @@ def score_values(name: str, values: Sequence[float], texts: Sequence[str] | None
     if has_shared_texts(texts):
         joined, least = join_by_text(values, texts).tolist(), score_values(name, values)
         low, high = t_interval(joined) if len(joined) < FEW or min(joined) == max(joined) else bootstrap_mean(joined)
+        if min(values) == max(values) and mean in (0, 1):
+            low, high = wilson_interval(mean * len(joined), len(joined))
         bounds = (0.0, 1.0) if min(values) >= 0 and max(values) <= 1 else (-inf, inf)
         return replace(least, low=min(least.low, max(bounds[0], low)), high=max(least.high, min(bounds[1], high)))
     few = num_items < FEW or min(values) == max(values)

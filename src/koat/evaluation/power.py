@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from math import ceil, hypot, sqrt
 from statistics import NormalDist
 
+from koat.evaluation.metrics import FEW
 from koat.evaluation.spread import count_freedom
 
 ALPHA = 0.05
@@ -29,13 +30,15 @@ class Noise:
     """The variance that one item brings to a difference: without a difference, and with one of a given size.
 
     `largest` bounds the differences that can occur at all; `seeds` are the variances that more items do not lower,
-    each with its degrees of freedom.
+    each with its degrees of freedom. `per_draw` is how many items come with one draw where few draws make a t test, 1
+    unless texts are drawn; 0 where the test is no t test.
     """
 
     without: Callable[[float], float]
     with_difference: Callable[[float], float]
     largest: float
     seeds: tuple[tuple[float, int], ...] = ()
+    per_draw: float = 0.0
 
 
 def noise_of_pairs(discordance: float) -> Noise:
@@ -46,11 +49,11 @@ def noise_of_pairs(discordance: float) -> Noise:
     return Noise(lambda _: discordance, lambda size: max(0.0, discordance - size * size), discordance)
 
 
-def noise_of_means(deviation: float, seeds: tuple[tuple[float, int], ...] = ()) -> Noise:
+def noise_of_means(deviation: float, seeds: tuple[tuple[float, int], ...] = (), per_draw: float = 0.0) -> Noise:
     """Return the noise of a mean difference whose items have the standard deviation `deviation`."""
     spread = sqrt(deviation**2 + sum(square for square, _ in seeds))
     # Student's quantiles reach 13 at one degree of freedom and 0.05, and grow with the number of comparisons.
-    return Noise(lambda _: deviation**2, lambda _: deviation**2, 1e6 * spread, seeds)
+    return Noise(lambda _: deviation**2, lambda _: deviation**2, 1e6 * spread, seeds, per_draw)
 
 
 def noise_of_counts(share: float) -> Noise:
@@ -80,9 +83,9 @@ def count_needed(difference: float, noise: Noise, *, alpha: float = ALPHA, power
         if room <= 0:
             return None
         before, needed = needed, max(1, ceil(_reach(noise, difference, quantiles) ** 2 / room))
-        if needed == before or not noise.seeds:
+        if needed == before or not (noise.seeds or noise.per_draw):
             break
-        # The more items, the more of the error is the seeds', of which there are few.
+        # The more items, the more of the error is the seeds', of which there are few; and the more texts.
         quantiles = _find_quantiles(noise, needed, alpha, power)
     return needed
 
@@ -110,13 +113,14 @@ def _find_normal(alpha: float, power: float) -> tuple[float, float]:
 
 
 def _find_quantiles(noise: Noise, num_items: float, alpha: float, power: float) -> tuple[float, float]:
-    """Return the quantiles for `alpha` and `power`: the normal ones, or Student's where seeds are few."""
+    """Return the quantiles for `alpha` and `power`: the normal ones, or Student's where seeds or draws are few."""
     from scipy.stats import t
 
-    terms = [term for term in noise.seeds if term[0] > 0]
-    if not terms:
+    terms, num_drawn = [term for term in noise.seeds if term[0] > 0], num_items / (noise.per_draw or 1)
+    has_few = noise.per_draw > 0 and num_drawn < FEW and noise.without(0.0) > 0
+    if not terms and not has_few:
         return _find_normal(alpha, power)
-    freedom = count_freedom([*terms, (noise.without(0.0) / num_items, max(1, ceil(num_items) - 1))])
+    freedom = count_freedom([*terms, (noise.without(0.0) / num_items, max(1, ceil(num_drawn) - 1))])
     return float(t.ppf(1 - alpha / 2, freedom)), float(t.ppf(power, freedom))
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from koat.evaluation.bootstrap import NUM_SAMPLES, draw_means
 from koat.evaluation.metrics import FEW, wilson_interval
 from koat.evaluation.power import (
     ALPHA,
@@ -25,10 +26,6 @@ from koat.evaluation.power import (
 )
 from koat.evaluation.spread import add_errors, count_freedom, split_variance
 from koat.evaluation.texts import has_shared_texts, join_by_text
-
-NUM_SAMPLES = 10_000
-BLOCK = 2_000_000
-"""Draws of the bootstrap that are held at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +79,7 @@ def compare_answers(left: ArrayLike, right: ArrayLike) -> Difference:
 
     a, b = np.asarray(left, dtype=bool), np.asarray(right, dtype=bool)
     _check_pairs(len(a), len(b))
-    both, only_left, only_right = int((a & b).sum()), *count_discordant(a, b)
+    both, only_left, only_right = int((a & b).sum()), int((a & ~b).sum()), int((b & ~a).sum())
     discordant = only_left + only_right
     p = float(binomtest(only_left, discordant).pvalue) if discordant else 1.0
     low, high = newcombe_paired(both, only_left, only_right, len(a))
@@ -93,13 +90,14 @@ def compare_answers(left: ArrayLike, right: ArrayLike) -> Difference:
     )  # fmt: skip
 
 
-def count_discordant(left: np.ndarray, right: np.ndarray) -> tuple[int, int]:
-    """Return how many items the left side alone answered right, and how many the right side alone."""
-    a, b = left.astype(bool), right.astype(bool)
-    return int((a & ~b).sum()), int((b & ~a).sum())
+def count_discordant(left: np.ndarray, right: np.ndarray) -> tuple[int | None, int | None]:
+    """Return how many items each side alone answered right; None where an answer is more than right or wrong."""
+    if not all(np.isin(side, (0, 1)).all() for side in (left, right)):
+        return None, None
+    return int((left > right).sum()), int((right > left).sum())
 
 
-def newcombe_paired(both: int, only_left: int, only_right: int, num_items: int) -> tuple[float, float]:
+def newcombe_paired(both: float, only_left: float, only_right: float, num_items: int) -> tuple[float, float]:
     """Return Newcombe's 95 % interval (1998, method 10) of right minus left, from a table of pairs."""
     neither = num_items - both - only_left - only_right
     margins = (both + only_left) * (only_right + neither) * (both + only_right) * (only_left + neither)
@@ -136,8 +134,9 @@ def compare_values(
     """
     ours, theirs = np.asarray(left, dtype=float), np.asarray(right, dtype=float)
     _check_pairs(len(ours), len(theirs))
-    differences, num_items = join_by_text(theirs - ours, texts), len(ours)
-    value, num_drawn = float(differences.mean()), len(differences)
+    value, num_items = float((theirs - ours).mean()), len(ours)
+    differences = join_by_text(theirs - ours, texts)
+    num_drawn = len(differences)
     test = "paired t test" if num_drawn < FEW else "paired bootstrap"
     if num_items < 2:
         return _say_nothing(value, test)
@@ -147,11 +146,15 @@ def compare_values(
         deviation = max(deviation, sqrt(num_drawn) * find_least_error(value, num_drawn, num_drawn - 1))
     else:
         low, high, p = bootstrap_mean(differences, num_samples, seed)
-    noise = noise_of_means(deviation * sqrt(num_items / num_drawn))  # as if each question brought its share
-    is_binary = all(np.isin(side, (0, 1)).all() for side in (ours, theirs))
-    discordant = count_discordant(ours, theirs) if is_binary else (None, None)
+    share = num_items / num_drawn
+    only_left, only_right = count_discordant(ours, theirs)
+    if low == high == 0 and only_left is not None and only_right is not None:
+        # Alike by luck, or right in nothing: as many draws still leave room.
+        both = float((ours * theirs).sum())
+        low, high = newcombe_paired(both / share, only_left / share, only_right / share, num_drawn)
     test += " over texts" if has_shared_texts(texts) else ""
-    return Difference(value, low, high, p, test, True, num_items, num_items, noise, None, *discordant)
+    noise = noise_of_means(deviation * sqrt(share), per_draw=share)
+    return Difference(value, low, high, p, test, True, num_items, num_items, noise, None, only_left, only_right)
 
 
 def bootstrap_mean(differences: np.ndarray, num_samples: int, seed: int) -> tuple[float, float, float]:
@@ -174,16 +177,6 @@ def bootstrap_mean(differences: np.ndarray, num_samples: int, seed: int) -> tupl
     return low, high, p
 
 
-def draw_means(values: np.ndarray, num_samples: int, generator: np.random.Generator) -> np.ndarray:
-    """Return the means `[num_samples]` of values `[N]` drawn anew with replacement."""
-    step = max(1, BLOCK // len(values))
-    blocks = []
-    for start in range(0, num_samples, step):
-        drawn = generator.integers(0, len(values), (min(step, num_samples - start), len(values)))
-        blocks.append(values[drawn].mean(1))
-    return np.concatenate(blocks)
-
-
 def compare_seeds(
     left: np.ndarray,
     right: np.ndarray,
@@ -198,10 +191,10 @@ def compare_seeds(
     `compare_values`. One item alone says nothing: its interval holds all that can be.
     """
     _check_pairs(left.shape[1], right.shape[1])
-    num_items = left.shape[1]
+    value, num_items = float((right.mean(0) - left.mean(0)).mean()), left.shape[1]
     left, right = join_by_text(left, texts), join_by_text(right, texts)
     differences = right.mean(0) - left.mean(0)
-    value, num_drawn = float(differences.mean()), len(differences)
+    num_drawn = len(differences)
     test = "t test over seeds and texts" if has_shared_texts(texts) else "t test over seeds and items"
     if num_items < 2:
         return _say_nothing(value, test)
@@ -218,6 +211,7 @@ def compare_seeds(
     noise = noise_of_means(
         deviation * sqrt(num_items / num_drawn),
         tuple((part.seed * weight, len(side) - 1) for (part, weight), (side, _) in zip(parts, several, strict=True)),
+        num_items / num_drawn,
     )
     return Difference(value, low, high, p, test, True, num_items, num_items, noise)
 

@@ -46,6 +46,8 @@ def make_twin(model: nn.Module) -> Any:
         del config.quantization_config
     try:
         twin = _draw(type(causal), narrow_inner(config))
+        with torch.no_grad():
+            twin(input_ids=torch.zeros(1, 2, dtype=torch.int64, device="cpu"), use_cache=False)
     except Exception as error:  # a family whose widths hang on one another
         if is_out_of_memory(error):
             raise

@@ -1,4 +1,4 @@
-"""How bitsandbytes is asked for a quantised base model, kept off the kernels that are wrong."""
+"""How a base model is asked for: onto which GPU, and quantised by bitsandbytes, kept off the kernels that are wrong."""
 
 from __future__ import annotations
 

@@ -20,6 +20,7 @@ TEMPLATES: dict[Language, dict[str, str]] = {
         "open": "{first} and {second} cannot be told apart with {items} items ({low} to {high} points, 95 %, {test}, "
         "{p}){needed}",
         "needed": ": about {number} would be needed.",
+        "needed_texts": ": about {number} would be needed, on as many more texts.",
         "many": ": more than a million would be needed.",
         "more": ": more would be needed.",
         "seeds": ": the seeds spread too far for any number of items to tell; more seeds would be needed.",
@@ -37,6 +38,7 @@ TEMPLATES: dict[Language, dict[str, str]] = {
         "open": "{first}의 점수와 {second}의 점수는 문항 {items}개로는 구별되지 않습니다({low}~{high}점, "
         "95 %, {test}, {p}). {needed}",
         "needed": "구별하려면 문항이 약 {number}개 필요합니다.",
+        "needed_texts": "구별하려면 지문도 그만큼 늘려 문항이 약 {number}개 필요합니다.",
         "many": "구별하려면 문항이 백만 개 넘게 필요합니다.",
         "more": "구별하려면 문항이 더 필요합니다.",
         "seeds": "시드에 따른 차이가 커서 문항을 늘려도 구별되지 않습니다. 시드가 더 필요합니다.",
@@ -124,7 +126,7 @@ def say_note(note: str, language: Language = "en") -> str:
 
 
 def say_needed(needed: int | None, comparison: Mapping[str, Any], language: Language = "en") -> str:
-    """Return how many items would be needed, in two digits, with the colon before it, or that seeds are wanting."""
+    """Return how many items would be needed, in two digits, or that seeds are wanting, as the end of a sentence."""
     words = TEMPLATES[language]
     if needed is None:
         return words["seeds" if comparison["value"] else "none"]
@@ -132,7 +134,8 @@ def say_needed(needed: int | None, comparison: Mapping[str, Any], language: Lang
         return words["many"]
     if needed <= comparison["num_items"]:
         return words["more"]
-    return words["needed"].format(number=f"{round_up(needed):,}")
+    kind = "needed_texts" if comparison["test"].endswith("texts") else "needed"
+    return words[kind].format(number=f"{round_up(needed):,}")
 
 
 def say_smallest(comparison: Mapping[str, Any], language: Language = "en") -> str:

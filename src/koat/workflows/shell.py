@@ -134,6 +134,7 @@ def run_questions(
     settings = resolve(ModelSettings, [Layer("flag", {"base": "", **loading})]).settings if loading else None
     subject = open_subject(target, settings)
     form = choose_form(subject, template, texts)
+    form.find_place()  # before the first question is typed
 
     show = ProgressLine("answers").update if len(given) > 1 else lambda *_: None
     if given:

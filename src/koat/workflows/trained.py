@@ -12,7 +12,7 @@ from koat.adapters.files import CONFIG, list_weight_files, read_adapter_config
 from koat.core.config import Layer, resolve
 from koat.core.errors import AdapterError, ModelError, RunFolderError
 from koat.core.fingerprint import fingerprint_file
-from koat.core.run_folder import RunFolder
+from koat.core.run_folder import RunFolder, name_folder
 from koat.core.settings import ModelSettings, TrainingSettings
 from koat.data.prompts import PromptTemplate, from_mapping
 from koat.model import find_commit, fingerprint_base, list_weights, load_config, settle_dtype
@@ -89,7 +89,7 @@ def find_trained(target: str | Path, settings: ModelSettings | None = None) -> T
     if not base:
         raise AdapterError(f"{path} does not say which base model it was trained on. Give `--base`.")
     model = settings.model_copy(update={"base": base}) if settings else ModelSettings(base=base)
-    return Trained(path.resolve().name, path, model, None)
+    return Trained(name_folder(path), path, model, None)
 
 
 def find_run(path: Path, settings: ModelSettings | None = None) -> Trained:
@@ -115,7 +115,7 @@ def find_run(path: Path, settings: ModelSettings | None = None) -> Trained:
             f"The run in {path} was trained on another base model: fingerprint {recorded['fingerprint']}, but "
             f"{stored.base!r} has {found}. Give the right one with `--base`."
         )
-    return Trained(path.resolve().name, run.adapter, stored, run)
+    return Trained(name_folder(path), run.adapter, stored, run)
 
 
 def settle_codes(model: ModelSettings, config: dict[str, Any]) -> ModelSettings:

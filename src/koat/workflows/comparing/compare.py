@@ -24,7 +24,7 @@ from koat.evaluation.significance import (
 from koat.evaluation.spread import measure_spread
 from koat.evaluation.texts import has_shared_texts
 from koat.workflows.comparing.groups import set_groups_side_by_side
-from koat.workflows.comparing.scored import Scored, Source, Subject, collect_sources, group_subjects
+from koat.workflows.comparing.scored import Scored, Source, Subject, collect_sources, find_texts, group_subjects
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,7 +221,7 @@ def measure_difference(left: Cell, right: Cell) -> Difference:
             f"{left.subject} and {right.subject} have no items of {first.task} in common. Ask both of the same file: "
             "`koat eval` with the same --data and --limit."
         )
-    ours, theirs, texts = left.to_table(ids), right.to_table(ids), first.list_texts(ids)
+    ours, theirs, texts = left.to_table(ids), right.to_table(ids), find_texts((*left.scores, *right.scores), ids)
     if len(ours) > 1 or len(theirs) > 1:
         return compare_seeds(ours, theirs, (left.seeds[0] is not None, right.seeds[0] is not None), texts)
     if not has_shared_texts(texts) and np.isin(ours, (0, 1)).all() and np.isin(theirs, (0, 1)).all():
@@ -289,6 +289,6 @@ def describe_cell(cell: Cell) -> dict[str, Any]:
     }  # fmt: skip
     if len(cell.scores) > 1:
         ids = sorted(first.predictions)
-        spread = measure_spread(cell.to_table(ids), first.list_texts(ids))
+        spread = measure_spread(cell.to_table(ids), find_texts(cell.scores, ids))
         row |= {"value": spread.mean, "low": spread.low, "high": spread.high, "spread": spread.to_mapping()}
     return row | describe_choices(list(first.predictions.values()), first.scoring, first.contract.parts)

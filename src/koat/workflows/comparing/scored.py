@@ -10,7 +10,7 @@ from typing import Any
 
 from koat.core.errors import ConfigError, DataError, RunFolderError, suggest
 from koat.core.json_lines import read_lines
-from koat.core.run_folder import RunFolder
+from koat.core.run_folder import RunFolder, name_folder
 from koat.evaluation.contract import Parts
 from koat.evaluation.metrics import wilson_interval
 from koat.evaluation.published import list_published, load_published
@@ -74,6 +74,11 @@ class Source:
     groups: list[Mapping[str, Any]] = field(default_factory=list)
 
 
+def find_texts(scores: Sequence[Scored], ids: Sequence[str]) -> list[str] | None:
+    """Return the text that each of some items is on, as any of the scores under one contract has kept it."""
+    return next((texts for score in scores if (texts := score.list_texts(ids)) is not None), None)
+
+
 def collect_sources(targets: Sequence[str], names: Mapping[str, str] | None = None) -> list[Source]:
     """Find what all targets name; `names` gives those that hold one subject another name."""
     found: list[Source] = []
@@ -111,7 +116,7 @@ def _read_run(path: Path) -> Source:
     training = dict(settings.get("training") or {})
     seed = training.pop("seed", None)
     own = {**settings, "training": training}
-    return Source(path.resolve().name, str(path), found.scores, found.notes, own, seed, found.asked, found.groups)
+    return Source(name_folder(path), str(path), found.scores, found.notes, own, seed, found.asked, found.groups)
 
 
 def _read_folder(path: Path) -> Source:

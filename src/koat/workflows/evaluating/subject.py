@@ -47,7 +47,7 @@ def open_subject(target: str, settings: ModelSettings | None = None, out: Path |
     `settings` says how the base is loaded; for an adapter its `base` overrides the one on record. Raises
     KoatError when something is missing or does not fit.
     """
-    if is_trained(Path(target)):
+    if target != NANO and is_trained(Path(target)):
         trained = find_trained(target, settings)
         subject = load_subject(trained.name, trained.model, trained.folder, out or trained.predictions)
         loading = describe_loading(settings, target)

@@ -176,7 +176,7 @@ def make_accelerator(model: ModelSettings, training: TrainingSettings) -> Accele
 
 def check_launch(device: torch.device) -> None:
     """Raise ConfigError where several processes were launched to train on one GPU by its number."""
-    count = int(os.environ.get("WORLD_SIZE") or 1)
+    count = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE") or 1)
     if count > 1 and device.type == "cuda" and device.index is not None:
         raise ConfigError(
             f"model.device={device} puts all {count} processes that were launched on one GPU. Set model.device=cuda, "
