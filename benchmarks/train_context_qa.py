@@ -72,14 +72,14 @@ def compare_samplers(options: Options) -> Table:
     for sampler in ("grouped", "shuffled"):
         model = attach_adapter(load_model(settings), Ia3Settings(targets="all-linear"), seed=options.seed)
         layout, _ = verify_layout(model)
-        before = measure_loss(model, validation, layout, 4096, accelerator)
+        before = measure_loss(model, validation, layout, training, accelerator)
         began = time.perf_counter()
         result = train(
             model, examples, layout, training.model_copy(update={"sampler": sampler}), accelerator=accelerator
         )
         seconds = time.perf_counter() - began
         model.eval()
-        after = measure_loss(model, validation, layout, 4096, accelerator)
+        after = measure_loss(model, validation, layout, training, accelerator)
         shared = result.state.tokens / result.state.unique_tokens
         losses = (f"{before:.4f}", f"{after:.4f}")
         rows.append((sampler, f"{num_steps}", f"{len(examples)}", *losses, f"{shared:.2f}", f"{seconds:.1f}"))
