@@ -277,7 +277,7 @@ def test_kernels_may_be_tried_within_a_checkpointed_layer(monkeypatch) -> None:
 def test_kernels_may_be_tried_in_inference_mode() -> None:
     formulas = compute_by_formula()
     with torch.inference_mode():
-        try_kernels(formulas)
+        assert fused.measure_kernels(formulas, formulas, torch.device("cpu"), torch.float32) < 1e-5
 
 
 def try_kernels(formulas: SimpleNamespace) -> None:

@@ -52,13 +52,18 @@ def retell(tokenizer: Any, **tokens: int | None) -> Any:
     return other
 
 
+def write_two(make_model: Any, grows: bool) -> tuple[Any, Any, list[tuple[int, ...]], list[tuple[int, ...]]]:
+    """Return a model, a layout that grows or pads, two prompts, and what each is continued with by itself."""
+    model = make_model("llama", vocab_size=VOCABULARY)
+    prompts = draw_prompts(8, 12)
+    layout = verify_layout(model)[0] if grows else make_padded()
+    return model, layout, prompts, [write_singly(model, prompt) for prompt in prompts]
+
+
 @pytest.mark.parametrize("grows", [True, False])
 def test_a_model_stops_at_the_token_that_it_was_trained_to_end_with(make_model, tokenizer, grows) -> None:
     """The tokenizer's, beside those that its settings of generation name."""
-    model = make_model("llama", vocab_size=VOCABULARY)
-    layout = verify_layout(model)[0] if grows else make_padded()
-    prompts = draw_prompts(8, 12)
-    whole = [write_singly(model, prompt) for prompt in prompts]
+    model, layout, prompts, whole = write_two(make_model, grows)
     own, trained = whole[0][3], whole[1][2]
     model.generation_config.eos_token_id = own
     other = retell(tokenizer, eos_token_id=trained)
@@ -75,10 +80,7 @@ def test_a_model_stops_at_the_token_that_it_was_trained_to_end_with(make_model, 
 @pytest.mark.parametrize("grows", [True, False])
 def test_an_end_that_is_asked_for_takes_the_place_of_the_model_s(make_model, tokenizer, grows) -> None:
     """`--gen_kwargs eos_token_id=...` of lm-eval."""
-    model = make_model("llama", vocab_size=VOCABULARY)
-    layout = verify_layout(model)[0] if grows else make_padded()
-    prompts = draw_prompts(8, 12)
-    whole = [write_singly(model, prompt) for prompt in prompts]
+    model, layout, prompts, whole = write_two(make_model, grows)
     model.generation_config.eos_token_id = whole[0][1]
     for asked in (whole[0][3], [whole[0][3]]):
         found = continue_prompts(model, layout, tokenizer, prompts, Ending((), NUM_NEW, {"eos_token_id": asked}))

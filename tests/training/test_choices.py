@@ -48,6 +48,16 @@ def compute_loss(model: Any, unlikelihood: float, choice_loss: float) -> torch.T
     return -torch.cat(right).mean() + unlikelihood * mean_unlikely + choice_loss * torch.stack(contrasts).mean()
 
 
+def compute_gradients(
+    model: Any, unlikelihood: float, choice_loss: float
+) -> tuple[float, list[Any], list[torch.Tensor]]:
+    """Return the formulas' loss, the weights that are trained, and their gradients."""
+    expected = compute_loss(model.get_base_model(), unlikelihood, choice_loss)
+    expected.backward()
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    return float(expected.detach()), trained, [weight.grad.clone() for weight in trained]
+
+
 @pytest.mark.parametrize(("unlikelihood", "choice_loss"), [(1.0, 0.0), (0.0, 1.0), (0.5, 2.0)])
 @pytest.mark.parametrize("method", METHODS)
 def test_loss_and_gradient_are_the_formulas(
@@ -61,10 +71,7 @@ def test_loss_and_gradient_are_the_formulas(
 ) -> None:
     model = attach_adapter(make_model("llama"), METHODS[method])
     randomise(model, spread=0.1)
-    expected = compute_loss(model.get_base_model(), unlikelihood, choice_loss)
-    expected.backward()
-    trained = [weight for weight in model.parameters() if weight.requires_grad]
-    gradients = [weight.grad.clone() for weight in trained]
+    expected, trained, gradients = compute_gradients(model, unlikelihood, choice_loss)
     forest, _ = verify_layout(model)
     for layout in (forest, make_padded()):
         for budget in (4096, 16, 5):
@@ -72,7 +79,7 @@ def test_loss_and_gradient_are_the_formulas(
             weights = {"unlikelihood": unlikelihood, "choice_loss": choice_loss}
             settings = make_settings(tokens_per_microbatch=budget, **weights)
             loss, _ = accumulate_gradients(model, EXAMPLES, layout, settings, accelerator)
-            assert loss == pytest.approx(float(expected.detach()), rel=1e-5)
+            assert loss == pytest.approx(expected, rel=1e-5)
             far = sum(float((w.grad - g).square().sum()) for w, g in zip(trained, gradients, strict=True))
             assert far**0.5 < 1e-5 * sum(float(gradient.square().sum()) for gradient in gradients) ** 0.5
 
@@ -102,10 +109,7 @@ def test_the_parts_of_two_processes_add_up_to_the_whole_step(
     """The first has six of ten supervised tokens and one of three choices: no count of its own is half the step's."""
     model = attach_adapter(make_model("llama"), METHODS[method])
     randomise(model, spread=0.1)
-    expected = compute_loss(model.get_base_model(), unlikelihood, choice_loss)
-    expected.backward()
-    trained = [weight for weight in model.parameters() if weight.requires_grad]
-    gradients = [weight.grad.clone() for weight in trained]
+    expected, trained, gradients = compute_gradients(model, unlikelihood, choice_loss)
     settings = make_settings(unlikelihood=unlikelihood, choice_loss=choice_loss)
     layout, _ = verify_layout(model)
     losses, parts = [], []
@@ -113,7 +117,7 @@ def test_the_parts_of_two_processes_add_up_to_the_whole_step(
         model.zero_grad()
         losses.append(accumulate_gradients(model, EXAMPLES, layout, settings, pretend_process(rank, accelerator))[0])
         parts.append([weight.grad.clone() for weight in trained])
-    assert sum(losses) == pytest.approx(float(expected.detach()), rel=1e-5)
+    assert sum(losses) == pytest.approx(expected, rel=1e-5)
     far = sum(float((a + b - g).square().sum()) for a, b, g in zip(*parts, gradients, strict=True))
     assert far**0.5 < 1e-5 * sum(float(gradient.square().sum()) for gradient in gradients) ** 0.5
 

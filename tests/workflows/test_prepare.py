@@ -12,7 +12,7 @@ import koat
 from koat.core.settings import DataSettings, ModelSettings
 from koat.model import load_config, load_tokenizer
 from koat.workflows.config import PlanConfig, RunConfig
-from koat.workflows.evaluating.subject import locate
+from koat.workflows.trained import settle_base
 from koat.workflows.training.examples import check_vocabulary, load_examples
 from koat.workflows.training.prepare import settle_paths
 from tests.tiny_base import VOCABULARY, write_rows
@@ -24,7 +24,7 @@ def test_the_model_that_ships_is_no_folder_of_that_name(tmp_path: Path, monkeypa
     monkeypatch.chdir(tmp_path)
     for name, whole in (("nano", "nano"), ("mine", str(tmp_path / "mine"))):
         assert settle_paths(PlanConfig(model=ModelSettings(base=name)))["model"]["base"] == whole
-        assert locate(name) == whole
+        assert settle_base(name) == whole
 
 
 def test_the_model_that_ships_is_opened_beside_a_run_of_that_name(

@@ -137,8 +137,6 @@ def is_served(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, takes_parts:
     num_rows, _, length, width = query.shape
     turned = cos.shape[-1]
     return (
-        query.device.type in ("cpu", "meta") or find_frozen(query) is not None
-    ) and (
         {query.dtype} == {key.dtype, cos.dtype, sin.dtype}
         and cos.shape == sin.shape
         and cos.shape[:-1] in ((1, length), (num_rows, length))
@@ -146,7 +144,8 @@ def is_served(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, takes_parts:
         and (turned == width or (takes_parts and turned < width))
         and turned % 2 == 0
         and not cos.requires_grad
-    )  # fmt: skip
+        and (query.device.type in ("cpu", "meta") or find_frozen(query) is not None)
+    )
 
 
 def turns_alike(plain: Any, share: float) -> bool:

@@ -79,7 +79,7 @@ def compare_answers(left: ArrayLike, right: ArrayLike) -> Difference:
 
     a, b = np.asarray(left, dtype=bool), np.asarray(right, dtype=bool)
     _check_pairs(len(a), len(b))
-    both, only_left, only_right = int((a & b).sum()), int((a & ~b).sum()), int((b & ~a).sum())
+    both, (only_left, only_right) = int((a & b).sum()), count_discordant(a, b)
     discordant = only_left + only_right
     p = float(binomtest(only_left, discordant).pvalue) if discordant else 1.0
     low, high = newcombe_paired(both, only_left, only_right, len(a))
@@ -90,11 +90,14 @@ def compare_answers(left: ArrayLike, right: ArrayLike) -> Difference:
     )  # fmt: skip
 
 
-def count_discordant(left: np.ndarray, right: np.ndarray) -> tuple[int | None, int | None]:
-    """Return how many items each side alone answered right; None where an answer is more than right or wrong."""
-    if not all(np.isin(side, (0, 1)).all() for side in (left, right)):
-        return None, None
+def count_discordant(left: np.ndarray, right: np.ndarray) -> tuple[int, int]:
+    """Return how many items the left side alone answered right, and how many the right side alone."""
     return int((left > right).sum()), int((right > left).sum())
+
+
+def are_answers(*sides: np.ndarray) -> bool:
+    """Whether all values are 0 or 1: right or wrong."""
+    return all(bool(np.isin(side, (0, 1)).all()) for side in sides)
 
 
 def newcombe_paired(both: float, only_left: float, only_right: float, num_items: int) -> tuple[float, float]:
@@ -146,15 +149,14 @@ def compare_values(
         deviation = max(deviation, sqrt(num_drawn) * find_least_error(value, num_drawn, num_drawn - 1))
     else:
         low, high, p = bootstrap_mean(differences, num_samples, seed)
-    share = num_items / num_drawn
-    only_left, only_right = count_discordant(ours, theirs)
-    if low == high == 0 and only_left is not None and only_right is not None:
-        # Alike by luck, or right in nothing: as many draws still leave room.
-        both = float((ours * theirs).sum())
-        low, high = newcombe_paired(both / share, only_left / share, only_right / share, num_drawn)
+    per_draw = num_items / num_drawn
+    counts = count_discordant(ours, theirs) if are_answers(ours, theirs) else None
+    if counts and low == high == 0:  # alike by luck, or right in nothing: as many draws still leave room
+        both, only_left, only_right = (count / per_draw for count in (float((ours * theirs).sum()), *counts))
+        low, high = newcombe_paired(both, only_left, only_right, num_drawn)
     test += " over texts" if has_shared_texts(texts) else ""
-    noise = noise_of_means(deviation * sqrt(share), per_draw=share)
-    return Difference(value, low, high, p, test, True, num_items, num_items, noise, None, only_left, only_right)
+    noise = noise_of_means(deviation * sqrt(per_draw), per_draw=per_draw)
+    return Difference(value, low, high, p, test, True, num_items, num_items, noise, None, *(counts or (None, None)))
 
 
 def bootstrap_mean(differences: np.ndarray, num_samples: int, seed: int) -> tuple[float, float, float]:

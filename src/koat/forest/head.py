@@ -99,6 +99,14 @@ def find_rows(source: Tensor, distinct: Distinct | None) -> tuple[Tensor, Tensor
     return wanted, row
 
 
+def plan_chunks(
+    model: nn.Module, source: Tensor, distinct: Distinct | None, chunk_bytes: int
+) -> tuple[Tensor, Tensor, int]:
+    """Return what `find_rows` does, and how many of the rows go through the head at a time."""
+    vocabulary = model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
+    return *find_rows(source, distinct), max(1, chunk_bytes // (4 * vocabulary))
+
+
 def cut_rows(row: Tensor, num_rows: int, chunk: int) -> list[Tensor]:
     """Return which predictions belong to each chunk of the rows; a GPU is asked once for all of them."""
     order = torch.argsort(row, stable=True)
@@ -117,9 +125,7 @@ def head_scores(
     distinct: Distinct | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the log-probability `[P]` of each `target` and the likeliest token id `[P]` in its place."""
-    wanted, row = find_rows(source, distinct)
-    vocabulary = model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
-    chunk = max(1, chunk_bytes // (4 * vocabulary))
+    wanted, row, chunk = plan_chunks(model, source, distinct, chunk_bytes)
     logprobs = torch.empty(len(source), device=hidden.device)
     greedy = torch.empty(len(source), dtype=torch.int64, device=hidden.device)
     for number, here in enumerate(cut_rows(row, len(wanted), chunk)):
@@ -143,9 +149,7 @@ def head_logprobs(
     `hidden` is `[N, d]` for the N tokens of a micro-batch. Tokens that predict several targets (where a tree
     branches) go through the head once; `distinct` are those, where they are known beforehand.
     """
-    wanted, row = find_rows(source, distinct)
-    head: Any = model.get_output_embeddings()  # type: ignore[operator]
-    chunk = max(1, chunk_bytes // (4 * head.weight.shape[0]))
+    wanted, row, chunk = plan_chunks(model, source, distinct, chunk_bytes)
 
     def compute_chunk(states: Tensor, row: Tensor, target: Tensor) -> Tensor:
         return gather_logprobs(compute_logits(model, states), row, target)
@@ -154,11 +158,12 @@ def head_logprobs(
     if len(wanted) <= chunk:
         return compute_chunk(states, row, target)
     chosen, parts = cut_rows(row, len(wanted), chunk), []
+    draws = draws_dropout(model.get_output_embeddings())  # type: ignore[operator]
     for number, (part, here) in enumerate(zip(torch.split(states, chunk), chosen, strict=True)):
         arguments = (part, row[here] - number * chunk, target[here])
         # Most heads draw nothing: the random generators' states need not be fetched from a GPU for each chunk.
         parts.append(
-            checkpoint(compute_chunk, *arguments, use_reentrant=False, preserve_rng_state=draws_dropout(head))
+            checkpoint(compute_chunk, *arguments, use_reentrant=False, preserve_rng_state=draws)
             if torch.is_grad_enabled()
             else compute_chunk(*arguments)
         )

@@ -15,7 +15,7 @@ from koat.core.fingerprint import fingerprint_file
 from koat.core.run_folder import RunFolder, name_folder
 from koat.core.settings import ModelSettings, TrainingSettings
 from koat.data.prompts import PromptTemplate, from_mapping
-from koat.model import find_commit, fingerprint_base, list_weights, load_config, settle_dtype
+from koat.model import NANO, find_commit, fingerprint_base, list_weights, load_config, settle_dtype
 
 TEMPLATE = "prompt_template.json"
 TOKENIZER = (
@@ -90,6 +90,11 @@ def find_trained(target: str | Path, settings: ModelSettings | None = None) -> T
         raise AdapterError(f"{path} does not say which base model it was trained on. Give `--base`.")
     model = settings.model_copy(update={"base": base}) if settings else ModelSettings(base=base)
     return Trained(name_folder(path), path, model, None)
+
+
+def settle_base(base: str) -> str:
+    """Return what a base's name stands for wherever one stands: a folder's whole path; `nano` and Hub ids stay."""
+    return str(Path(base).resolve()) if base != NANO and Path(base).is_dir() else base
 
 
 def find_run(path: Path, settings: ModelSettings | None = None) -> Trained:

@@ -15,6 +15,7 @@ from koat.evaluation.differences import MEANINGLESS, explain_differences
 from koat.evaluation.power import ALPHA
 from koat.evaluation.significance import (
     Difference,
+    are_answers,
     compare_answers,
     compare_counts,
     compare_seeds,
@@ -224,7 +225,7 @@ def measure_difference(left: Cell, right: Cell) -> Difference:
     ours, theirs, texts = left.to_table(ids), right.to_table(ids), find_texts((*left.scores, *right.scores), ids)
     if len(ours) > 1 or len(theirs) > 1:
         return compare_seeds(ours, theirs, (left.seeds[0] is not None, right.seeds[0] is not None), texts)
-    if not has_shared_texts(texts) and np.isin(ours, (0, 1)).all() and np.isin(theirs, (0, 1)).all():
+    if not has_shared_texts(texts) and are_answers(ours, theirs):
         return compare_answers(ours[0] == 1, theirs[0] == 1)
     return compare_values(ours[0], theirs[0], texts)
 

@@ -20,7 +20,7 @@ from koat.forest.score import Layout
 from koat.forest.verify import Verification
 from koat.model import NANO, load_model, load_tokenizer
 from koat.quantise.check import QuantisedCheck, check_quantised_layers
-from koat.workflows.trained import find_trained, is_trained
+from koat.workflows.trained import find_trained, is_trained, settle_base
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,15 +61,10 @@ def open_subject(target: str, settings: ModelSettings | None = None, out: Path |
 def choose_folder(name: str, target: str) -> Path:
     """Return the folder for a base model's predictions: its name's, with a hash where that one is another model's."""
     folder = Path("evaluations") / name
-    kept = {locate(other) for path in folder.glob("*.scores.json") if (other := read_target(path))}
-    if not kept or locate(target) in kept:
+    kept = {settle_base(other) for path in folder.glob("*.scores.json") if (other := read_target(path))}
+    if not kept or settle_base(target) in kept:
         return folder
-    return folder.with_name(f"{name}-{hash_value(locate(target))[:8]}")
-
-
-def locate(target: str) -> str:
-    """Return what a model's name stands for: a folder's place, or the name on the Hub."""
-    return str(Path(target).resolve()) if target != NANO and Path(target).is_dir() else target
+    return folder.with_name(f"{name}-{hash_value(settle_base(target))[:8]}")
 
 
 def read_target(path: Path) -> str:

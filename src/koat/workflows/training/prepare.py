@@ -21,7 +21,6 @@ from koat.forest.choose import choose_layout
 from koat.forest.score import Layout, unwrap
 from koat.forest.verify import Verification
 from koat.model import (
-    NANO,
     count_parameters,
     find_commit,
     find_context_length,
@@ -34,7 +33,7 @@ from koat.model import (
 from koat.quantise.check import check_quantised_layers
 from koat.workflows.config import PlanConfig, RunConfig
 from koat.workflows.out_of_memory import TO_TRAIN, explain_out_of_memory
-from koat.workflows.trained import fingerprint_adapter
+from koat.workflows.trained import fingerprint_adapter, settle_base
 from koat.workflows.training.examples import Examples, check_vocabulary, load_examples
 from koat.workflows.training.manifest import describe_hardware, describe_versions, fingerprint_data
 
@@ -139,10 +138,10 @@ def check_offload(training: TrainingSettings, device: torch.device) -> None:
 def settle_paths(config: RunConfig | PlanConfig) -> dict[str, Any]:
     """Return the settings with local folders by their whole paths, so that the run goes on from anywhere."""
     values = to_mapping(config)
-    for section, key in (("model", "base"), ("adapter", "start")):
-        named = values[section].get(key)
-        if named and named != NANO and Path(named).is_dir():
-            values[section][key] = str(Path(named).resolve())
+    values["model"]["base"] = settle_base(values["model"]["base"])
+    start = values["adapter"].get("start")
+    if start and Path(start).is_dir():
+        values["adapter"]["start"] = str(Path(start).resolve())
     return values
 
 
