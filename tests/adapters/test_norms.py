@@ -28,9 +28,9 @@ def make_norm(kind: type[nn.Module], dtype: torch.dtype = torch.float32) -> Any:
     return norm.to(dtype)
 
 
-def draw(seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Return rows of very different sizes, one of them all zeros."""
-    rows = torch.randn(2, 5, WIDTH, generator=torch.Generator().manual_seed(seed))
+def draw(seed: int, dtype: torch.dtype = torch.float32, num_rows: int = 2) -> torch.Tensor:
+    """Return rows of very different sizes `[R, 5, d]`, a fifth of them all zeros."""
+    rows = torch.randn(num_rows, 5, WIDTH, generator=torch.Generator().manual_seed(seed))
     return (rows * torch.tensor([0.0, 1e-2, 1.0, 30.0, 1e3])[:, None]).to(dtype)
 
 
@@ -76,7 +76,7 @@ def test_bfloat16_gradients_are_as_near_to_the_exact_ones_as_autograds(kind) -> 
     plain = plain.to(torch.bfloat16)
     exact.weight.copy_(plain.weight)
     refine_norms(lean)
-    x, upstream = draw(0, torch.bfloat16), draw(3, torch.bfloat16)
+    x, upstream = (draw(seed, torch.bfloat16, num_rows=200) for seed in (0, 3))
     (value, theirs), (mine, ours) = (differentiate(norm, x, upstream) for norm in (plain, lean[0]))
     _, wanted = differentiate(exact, x.float(), upstream.float())
     assert torch.equal(value, mine) and ours.dtype == torch.bfloat16
@@ -89,7 +89,8 @@ def test_the_input_alone_is_kept_in_its_own_type(kind) -> None:
     refine_norms(lean)
     x = draw(0, torch.bfloat16).requires_grad_()
     kept = [count_kept_bytes(norm, lambda norm=norm: norm(x)) for norm in (lean[0], plain)]
-    assert kept[0] == x.numel() * 2
+    a_number_a_row = 4 * 10 if lean[0].rounds_first else 0
+    assert kept[0] == x.numel() * 2 + a_number_a_row
     assert kept[1] >= x.numel() * 4
 
 

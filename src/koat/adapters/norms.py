@@ -2,12 +2,14 @@
 
 transformers computes them in float32, so autograd keeps a float32 copy of every input, and its backward pass of a
 mean over the last dimension makes tensors whose rows are columns, which every product after it pays for on a CPU.
-With the gain frozen the gradient is one formula, and on a GPU one kernel (`koat.adapters.fused`). Zhang and Sennrich
-2019, "Root Mean Square Layer Normalization".
+With the gain frozen the gradient is one formula, and on a GPU one kernel (`koat.adapters.fused`). On a CPU most norms
+have their values in fewer passes as well, to the very bits. Zhang and Sennrich 2019, "Root Mean Square Layer
+Normalization".
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from koat.adapters.fused import find_frozen
+from koat.adapters.lean import is_normalised_fast, multiply
 from koat.adapters.refine import mix_in, take_out
 
 PIECE = 1 << 19
@@ -23,34 +26,57 @@ PIECE = 1 << 19
 
 
 class NormRows(torch.autograd.Function):
-    """`x / rms(x) * gain`, computed as the norm itself does; keeps `x`, in its own type."""
+    """`x / rms(x) * gain`, with the norm's own values; keeps `x`, in its own type, and a number for each row."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, offset: float, epsilon: float, compute: Callable[[Tensor], Tensor]
+        ctx: Any, x: Tensor, weight: Tensor, offset: float, epsilon: float, compute: Callable[[Tensor], Tensor] | None
     ) -> Tensor:
-        """`x` is `[..., d]`, the gain `weight + offset` `[d]`."""
-        ctx.save_for_backward(x, weight)
-        ctx.offset, ctx.epsilon, ctx.frozen = offset, epsilon, find_frozen(x)
-        return compute_in_pieces(compute, x)
+        """`x` is `[..., d]`, the gain `weight + offset` `[d]`; without `compute` values are those of `norm_rows`."""
+        ctx.offset, ctx.epsilon, ctx.frozen, means = offset, epsilon, find_frozen(x), None
+        if compute is None:
+            normed, means = norm_rows(x, weight, epsilon)
+        else:
+            normed = compute_in_pieces(compute, x)
+        ctx.save_for_backward(x, weight, means)
+        return normed
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradient of `x`."""
-        x, weight = ctx.saved_tensors
+        x, weight, means = ctx.saved_tensors
         if ctx.frozen is not None:
             return ctx.frozen.pull_back_norm(gradients[0], x, weight, ctx.offset, ctx.epsilon), None, None, None, None
-        wide, width = torch.promote_types(x.dtype, torch.float32), len(weight)
-        gain = (weight.to(wide) + ctx.offset) * width**0.5
-        num_rows = count_rows(x)
-        rows, upstream = x.reshape(-1, width), gradients[0].reshape(-1, width)
-        if len(rows) <= num_rows:
-            result = pull_back(rows.to(wide), upstream.to(wide) * gain, ctx.epsilon).to(x.dtype)
+        rows, upstream = to_rows(x), to_rows(gradients[0])
+        if means is not None:
+            result = pull_back(rows, upstream, weight, means, ctx.epsilon)
         else:
-            result = torch.empty_like(rows, memory_format=torch.contiguous_format)
-            for each, above, out in zip(*(tensor.split(num_rows) for tensor in (rows, upstream, result)), strict=True):
-                out.copy_(pull_back(each.to(wide), above.to(wide) * gain, ctx.epsilon))
+            result = pull_back_wide(rows, upstream, weight, ctx.offset, ctx.epsilon)
         return result.view(x.shape), None, None, None, None
+
+
+def to_rows(x: Tensor) -> Tensor:
+    """Return `x` `[..., d]` as rows `[n, d]`, one after the other in memory."""
+    return x.reshape(-1, x.shape[-1]).contiguous()
+
+
+def norm_rows(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """Return `x [..., d] / rms(x)`, rounded to its type, times `weight [d]`, and the mean squares `[n]`.
+
+    The rows are channels of a normalisation with mean 0, PyTorch's one kernel that divides each by a root of its own.
+    """
+    rows = to_rows(x)
+    means = average_squares(rows)
+    scaled = torch.native_batch_norm(rows[None], None, None, torch.zeros_like(means), means, False, 0.0, epsilon)[0]
+    return scaled.view(x.shape).mul_(weight), means
+
+
+def average_squares(rows: Tensor) -> Tensor:
+    """Return the mean square of each row `[n, d]` in float32 at least, computed as transformers does."""
+    num_rows, wide = count_rows(rows), torch.promote_types(rows.dtype, torch.float32)
+    if len(rows) <= num_rows:
+        return rows.to(wide).square().mean(-1)
+    return torch.cat([piece.to(wide).square().mean(-1) for piece in torch.split(rows, num_rows)])
 
 
 def compute_in_pieces(compute: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -58,8 +84,7 @@ def compute_in_pieces(compute: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     num_rows, rows = count_rows(x), x.reshape(-1, x.shape[-1])
     if len(rows) <= num_rows:
         return compute(x)
-    pieces = torch.split(rows, num_rows)
-    return torch.cat([compute(piece) for piece in pieces]).view(x.shape)
+    return torch.cat([compute(piece) for piece in torch.split(rows, num_rows)]).view(x.shape)
 
 
 def count_rows(x: Tensor) -> int:
@@ -68,32 +93,60 @@ def count_rows(x: Tensor) -> int:
     return max(1, PIECE // width if x.device.type == "cpu" else x.numel() // width)
 
 
-def pull_back(rows: Tensor, upstream: Tensor, epsilon: float) -> Tensor:
-    """Return the gradient of `x` `[n, d]`; `upstream` is `sqrt(d)` times `u`, that of `x / rms`.
+def pull_back(rows: Tensor, gradient: Tensor, gain: Tensor, means: Tensor, epsilon: float) -> Tensor:
+    """Return the gradient of `rows` `[n, d]` with the mean squares `means [n]`, from that of the norm's value.
 
-    It is `(u - x (u . x) / l^2) / rms` with `l = sqrt(d) rms`. With `l` in place of a row's length that is the gradient
-    of weight normalisation (Salimans and Kingma 2016, equation 3), for which PyTorch has one kernel.
+    With `u = gradient * gain` it is `(u - x (u . x) / l^2) / rms` with `l = sqrt(d) rms`. With `l` in place of a row's
+    length that is the gradient of weight normalisation (Salimans and Kingma 2016, equation 3), for which PyTorch has
+    one kernel. It takes the factor `sqrt(d)` in the rows' type: what that lacks goes into the gain.
     """
-    rows, upstream = rows.contiguous(), upstream.contiguous()
-    length = torch.linalg.vector_norm(rows, dim=-1, keepdim=True).square_().add_(rows.shape[-1] * epsilon).sqrt_()
-    scales = rows.new_ones(len(rows), 1)
-    result: Tensor = torch.ops.aten._weight_norm_interface_backward(upstream, rows, scales, length, 0)[0]
+    width = rows.shape[-1]
+    factor, rest = split_root(width, rows.dtype)
+    upstream = multiply(gradient, gain.to(means.dtype) * rest)
+    lengths = torch.add(width * epsilon, means, alpha=width).sqrt_()
+    factors = rows.new_full((len(rows), 1), factor)
+    result: Tensor = torch.ops.aten._weight_norm_interface_backward(upstream, rows, factors, lengths[:, None], 0)[0]
     return result
+
+
+def pull_back_wide(rows: Tensor, gradient: Tensor, weight: Tensor, offset: float, epsilon: float) -> Tensor:
+    """Return the gradient of `rows` `[n, d]`, computed in float32 at least, a piece of them at a time."""
+    wide, num_rows = torch.promote_types(rows.dtype, torch.float32), count_rows(rows)
+    gain, parts = weight.to(wide) + offset, []
+    for part, above in zip(*(torch.split(each, num_rows) for each in (rows, gradient)), strict=True):
+        piece = part.to(wide)
+        parts.append(pull_back(piece, above.to(wide), gain, average_squares(piece), epsilon).to(rows.dtype))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+@functools.cache
+def split_root(width: int, dtype: torch.dtype) -> tuple[float, float]:
+    """Return two factors of a width's root, the first of them exact in a type."""
+    root = width**0.5
+    factor = float(torch.tensor(root, dtype=dtype, device="cpu"))
+    return factor, root / factor
 
 
 class LeanNorm(nn.Module):
     """Mixed into the class of an RMS norm whose gain is `weight + offset`."""
 
     offset: float
+    epsilon: float
+    rounds_first: bool
+    """Whether it computes what `norm_rows` does."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Norm `x` `[..., d]`; where no backward pass follows or the gain is trained, as the model's own class does."""
-        norm: Any = self
-        plain = super().forward
-        if not (torch.is_grad_enabled() and x.requires_grad) or norm.weight.requires_grad:
+        """Norm `x` `[..., d]`; where the gain is trained, as the model's own class does."""
+        plain: Any = super().forward
+        weight: Any = self._parameters["weight"]
+        if weight.requires_grad:
             ordinary: Tensor = plain(x)
             return ordinary
-        normed: Tensor = NormRows.apply(x, norm.weight, self.offset, read_epsilon(norm), plain)  # type: ignore[no-untyped-call]
+        served = self.rounds_first and is_normalised_fast(x) and weight.dtype == x.dtype and x.numel() > 0
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            return norm_rows(x, weight, self.epsilon)[0] if served else compute_in_pieces(plain, x)
+        compute = None if served else plain
+        normed: Tensor = NormRows.apply(x, weight, self.offset, self.epsilon, compute)  # type: ignore[no-untyped-call]
         return normed
 
 
@@ -104,8 +157,9 @@ def refine_norms(model: nn.Module) -> None:
             continue
         offset = find_offset(module)
         if offset is not None:
+            lean: Any = module
+            lean.offset, lean.epsilon, lean.rounds_first = offset, read_epsilon(module), find_rounding(module)
             mix_in(module, LeanNorm)
-            module.offset = offset  # type: ignore[assignment]  # modules take more than parameters
 
 
 def release_norms(model: nn.Module) -> None:
@@ -113,7 +167,7 @@ def release_norms(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, LeanNorm):
             take_out(module)
-            del module.offset
+            del module.offset, module.epsilon, module.rounds_first
 
 
 def find_offset(norm: nn.Module) -> float | None:
@@ -124,13 +178,25 @@ def find_offset(norm: nn.Module) -> float | None:
         return None
     if len(inspect.signature(norm.forward).parameters) != 1 or parameters["weight"].dim() != 1:
         return None
-    generator = torch.Generator().manual_seed(0)
-    width = len(parameters["weight"])
-    x, weight = torch.randn(3, width, generator=generator), torch.randn(width, generator=generator)
-    with torch.no_grad():
-        found = torch.func.functional_call(norm, {"weight": weight}, (x,))
+    x, weight, found = try_norm(norm, torch.float32)
     normed = x * (x.square().mean(-1, keepdim=True) + epsilon).rsqrt()
     return next((each for each in (0.0, 1.0) if torch.allclose(found, normed * (weight + each), atol=1e-5)), None)
+
+
+def find_rounding(norm: nn.Module) -> bool:
+    """Return whether a plain RMS norm's values are those of `norm_rows`, to the bit, found by trying it."""
+    epsilon: Any = read_epsilon(norm)
+    x, weight, found = try_norm(norm, torch.bfloat16)
+    return torch.equal(norm_rows(x, weight, epsilon)[0], found)
+
+
+@torch.no_grad()
+def try_norm(norm: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Return random rows `[3, d]`, a random weight `[d]` and what a norm makes of them."""
+    (weight,) = norm.parameters()
+    generator = torch.Generator().manual_seed(0)
+    x, drawn = (torch.randn(*shape, len(weight), generator=generator).to(dtype) for shape in ((3,), ()))
+    return x, drawn, torch.func.functional_call(norm, {"weight": drawn}, (x,))
 
 
 def read_epsilon(norm: nn.Module) -> float | None:
