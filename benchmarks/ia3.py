@@ -1,9 +1,10 @@
 """IA3's price: bytes kept for backward and the time of a step, beside the frozen base, PEFT's IA3 and LoRA r=8.
 
 The frozen base as transformers has it, with activation gradients only, is the floor. Beside it stands the same base
-with the norms and rotary positions that koat gives every frozen model, so that what they save is not taken for IA3's.
-IA3 has the paper's targets on both sides, LoRA PEFT's own targets and, as a further column, all linear layers. Bytes
-are counted per token and layer, so no layer outside the repeated ones, no head and no embedding has a part in them.
+with the norms, projections and rotary positions that koat gives every frozen model, so that what they save is not
+taken for IA3's. IA3 has the paper's targets on both sides, LoRA PEFT's own targets and, as a further column, all linear
+layers. Bytes are counted per token and layer, so no layer outside the repeated ones, no head and no embedding has a
+part in them.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from koat.adapters.attach import attach_adapter, read_adapter_state
 from koat.adapters.ia3 import Ia3Linear, make_ia3_config
 from koat.adapters.methods import Ia3Settings
 from koat.adapters.norms import refine_norms
+from koat.adapters.projections import refine_projections
 from koat.adapters.rotary import refine_rotary
 from koat.core.settings import ModelSettings
 from koat.model import load_model
@@ -91,8 +93,9 @@ def make_sides() -> dict[str, Wrap]:
 
 
 def make_lean(base: Any) -> Any:
-    """Return a frozen base with koat's norms and rotary positions and no adapter."""
+    """Return a frozen base with koat's norms, projections and rotary positions and no adapter."""
     refine_norms(base)
+    refine_projections(base)
     refine_rotary(base)
     return base
 

@@ -29,6 +29,7 @@ from koat.adapters.ia3 import count_held, holds_queries, refine_ia3_layers, rese
 from koat.adapters.lora import refine_lora_layers
 from koat.adapters.methods import find_method
 from koat.adapters.norms import refine_norms
+from koat.adapters.projections import refine_projections
 from koat.adapters.reach import extend_reach, find_places, list_kinds, list_places
 from koat.adapters.rotary import refine_rotary
 from koat.adapters.soft_prompts import finished, read_soft_state, write_soft_state
@@ -76,6 +77,7 @@ def refine_layers(wrapped: nn.Module, holds: bool) -> None:
     refine_feed_forwards(base)
     refine_lora_layers(base)
     refine_norms(base)
+    refine_projections(base)
     refine_rotary(base)
 
 

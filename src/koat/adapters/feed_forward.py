@@ -8,14 +8,17 @@ stays as it is and the layer keeps its input.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from koat.adapters.blocks import RescaleBlock, RescaleGatedBlock
 from koat.adapters.ia3 import Ia3Linear
 from koat.adapters.lean import rescale_activated
+from koat.adapters.projections import is_plain
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +63,22 @@ class LeanFeedForward(nn.Module):
         if vector is None:
             plain: Tensor = super().forward(x)
             return plain
-        gate = getattr(self, form.gate)(x)
-        up = getattr(self, form.up)(x) if form.up else None
-        scaled = rescale_activated(gate, up, vector, getattr(self, form.activation))
-        result: Tensor = inner.base_layer(scaled)
+        first = [getattr(self, name) for name in (form.gate, form.up) if name]
+        result = apply_block(x, vector, first, inner.base_layer, getattr(self, form.activation))
         return getattr(self, form.dropout)(result) if form.dropout else result
+
+
+def apply_block(
+    x: Tensor, vector: Tensor, first: list[nn.Module], inner: nn.Module, activate: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Return `inner(activate(gate(x)) * up(x) * vector)`; `first` is `[gate, up]` or, without `up`, `[gate]`."""
+    if all(is_plain(layer, x) for layer in (*first, inner)):
+        form: Any = RescaleGatedBlock if len(first) > 1 else RescaleBlock
+        whole: Tensor = form.apply(x, vector, *first, inner, activate)
+        return whole
+    gate, *up = (layer(x) for layer in first)
+    result: Tensor = inner(rescale_activated(gate, up[0] if up else None, vector, activate))
+    return result
 
 
 @functools.cache

@@ -17,7 +17,9 @@ from peft.tuners.ia3.layer import IA3Layer
 from torch import Tensor, nn
 
 from koat.adapters.architectures import UnknownFamilyError, find_architecture, is_transposed, mark_queries
+from koat.adapters.blocks import RescaleProjection
 from koat.adapters.lean import rescale, rescale_output
+from koat.adapters.projections import is_plain
 from koat.adapters.refine import is_refinable, mix_in
 from koat.adapters.targets import read_peft_default, resolve_roles
 from koat.core.errors import AdapterError, suggest
@@ -41,10 +43,12 @@ class Ia3Linear(nn.Module, IA3Layer):
             plain: Tensor = super().forward(x, *args, **kwargs)
             return plain
         if self.is_feedforward:
-            x = rescale(x, vector)
+            fed: Tensor = self.base_layer(rescale(x, vector), *args, **kwargs)
+            return fed
+        if not (args or kwargs or self.is_last) and is_plain(self.base_layer, x):
+            product: Tensor = RescaleProjection.apply(x, vector, self.held, self.base_layer)  # type: ignore[no-untyped-call]
+            return product
         result: Tensor = self.base_layer(x, *args, **kwargs)
-        if self.is_feedforward:
-            return result
         # Falcon adds to its last feed-forward layer's output in place: what is kept must not be that.
         return rescale(result, vector) if self.is_last else rescale_output(result, vector, self.held)
 

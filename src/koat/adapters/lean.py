@@ -119,16 +119,85 @@ class Rescale(torch.autograd.Function):
         return multiply(gradient, flat), for_vector.to(vector.dtype).view(vector.shape)
 
 
+def scale_output(
+    activation: Tensor, vector: Tensor, held: Tensor | None, out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return the product of an activation `[..., d]` and a vector, and what to divide it by again, `[d]`.
+
+    Entries that `held` `[d]` marks count as one.
+    """
+    divisor = make_divisible(vector)
+    if held is not None:
+        divisor.masked_fill_(held, 1.0)
+    return multiply(activation, divisor, out), divisor
+
+
+def pull_back_output(
+    gradient: Tensor, product: Tensor | None, divisor: Tensor, held: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Return the gradients of the activation and of the vector `[d]`; no `product`: the vector needs none."""
+    gradient = gradient.contiguous()
+    if product is None:
+        return multiply(gradient, divisor), None
+    for_vector = sum_products(to_rows(gradient), to_rows(product), divisor).div_(divisor).to(divisor.dtype)
+    if held is not None:
+        for_vector.masked_fill_(held, 0.0)
+    return multiply(gradient, divisor), for_vector
+
+
+def scale_activated(gate: Tensor, vector: Tensor, activate: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return `activate(gate) * vector`."""
+    scaled = make_room(gate)
+    activate_into(activate, gate, scaled)
+    return multiply(scaled, vector.flatten(), out=scaled)
+
+
+def pull_back_activated(
+    gradient: Tensor, gate: Tensor, vector: Tensor, activate: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of `gate` `[..., d]` and of the vector."""
+    for_gate = make_room(gate)
+    pull_back = rebuild(activate, gate, for_gate)
+    gradient, flat = gradient.contiguous(), vector.flatten()
+    for_vector = sum_products(to_rows(gradient), to_rows(for_gate), flat)
+    pull_back(multiply(gradient, flat, out=for_gate), for_gate)
+    return for_gate, for_vector.to(vector.dtype).view(vector.shape)
+
+
+def scale_gated(
+    gate: Tensor, up: Tensor, vector: Tensor, activate: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return `activate(gate) * (up * vector)`, what to keep of `up`, and the vector that it can be divided by."""
+    divisor = make_divisible(vector)
+    scaled_up = multiply(up, divisor)
+    product = make_room(gate)
+    activate_into(activate, gate, product)
+    return product.mul_(scaled_up), scaled_up if is_divisible(up) else up, divisor
+
+
+def pull_back_gated(
+    gradient: Tensor, gate: Tensor, kept: Tensor, divisor: Tensor, activate: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of `gate` and `up` `[..., d]` and of the vector `[d]`."""
+    gradient = gradient.contiguous()
+    for_gate = make_room(gate)
+    pull_back = rebuild(activate, gate, for_gate)
+    upstream = gradient * for_gate
+    for_vector = sum_products(to_rows(upstream), to_rows(kept), divisor)
+    torch.mul(gradient, kept if is_divisible(kept) else multiply(kept, divisor), out=for_gate)
+    pull_back(for_gate, for_gate)
+    if is_divisible(kept):
+        for_vector = for_vector.div_(divisor)
+    return for_gate, multiply(upstream, divisor, out=upstream), for_vector.to(divisor.dtype)
+
+
 class RescaleOutput(torch.autograd.Function):
     """`activation * vector`; keeps the product and gets the activation back by division."""
 
     @staticmethod
     def forward(ctx: Any, activation: Tensor, vector: Tensor, held: Tensor | None) -> Tensor:
         """`activation` is `[..., d]`, `vector` has `d` numbers; those that `held` `[d]` marks count as one."""
-        divisor = make_divisible(vector)
-        if held is not None:
-            divisor.masked_fill_(held, 1.0)
-        product = multiply(activation, divisor)
+        product, divisor = scale_output(activation, vector, held)
         ctx.shape, ctx.held = vector.shape, held
         ctx.save_for_backward(product if vector.requires_grad else None, divisor)
         return product
@@ -137,13 +206,8 @@ class RescaleOutput(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of the activation and of the vector."""
         product, divisor = ctx.saved_tensors
-        gradient = gradients[0].contiguous()
-        if product is None:
-            return multiply(gradient, divisor), None, None
-        for_vector = sum_products(to_rows(gradient), to_rows(product), divisor).div_(divisor).to(divisor.dtype)
-        if ctx.held is not None:
-            for_vector.masked_fill_(ctx.held, 0.0)
-        return multiply(gradient, divisor), for_vector.view(ctx.shape), None
+        for_activation, for_vector = pull_back_output(gradients[0], product, divisor, ctx.held)
+        return for_activation, None if for_vector is None else for_vector.view(ctx.shape), None
 
 
 class RescaleActivated(torch.autograd.Function):
@@ -154,20 +218,13 @@ class RescaleActivated(torch.autograd.Function):
         """`gate` is `[..., d]`, `vector` has `d` numbers."""
         ctx.save_for_backward(gate, vector)
         ctx.activate = activate
-        scaled = make_room(gate)
-        activate_into(activate, gate, scaled)
-        return multiply(scaled, vector.flatten(), out=scaled)
+        return scale_activated(gate, vector, activate)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of the gate and of the vector."""
         gate, vector = ctx.saved_tensors
-        for_gate = make_room(gate)
-        pull_back = rebuild(ctx.activate, gate, for_gate)
-        gradient, flat = gradients[0].contiguous(), vector.flatten()
-        for_vector = sum_products(to_rows(gradient), to_rows(for_gate), flat)
-        pull_back(multiply(gradient, flat, out=for_gate), for_gate)
-        return for_gate, for_vector.to(vector.dtype).view(vector.shape), None
+        return *pull_back_activated(gradients[0], gate, vector, ctx.activate), None
 
 
 class RescaleGated(torch.autograd.Function):
@@ -179,29 +236,17 @@ class RescaleGated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, vector: Tensor, activate: Callable[[Tensor], Tensor]) -> Tensor:
         """`gate` and `up` are `[..., d]`, `vector` has `d` numbers."""
-        divisor = make_divisible(vector)
-        scaled_up = multiply(up, divisor)
-        ctx.keeps_product = is_divisible(up)
-        ctx.save_for_backward(gate, scaled_up if ctx.keeps_product else up, divisor)
+        product, kept, divisor = scale_gated(gate, up, vector, activate)
+        ctx.save_for_backward(gate, kept, divisor)
         ctx.activate, ctx.shape = activate, vector.shape
-        product = make_room(gate)
-        activate_into(activate, gate, product)
-        return product.mul_(scaled_up)
+        return product
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of gate, up and the vector."""
-        gradient = gradients[0].contiguous()
         gate, kept, divisor = ctx.saved_tensors
-        for_gate = make_room(gate)
-        pull_back = rebuild(ctx.activate, gate, for_gate)
-        upstream = gradient * for_gate
-        for_vector = sum_products(to_rows(upstream), to_rows(kept), divisor)
-        torch.mul(gradient, kept if ctx.keeps_product else multiply(kept, divisor), out=for_gate)
-        pull_back(for_gate, for_gate)
-        if ctx.keeps_product:
-            for_vector = for_vector.div_(divisor)
-        return for_gate, multiply(upstream, divisor, out=upstream), for_vector.to(divisor.dtype).view(ctx.shape), None
+        for_gate, for_up, for_vector = pull_back_gated(gradients[0], gate, kept, divisor, ctx.activate)
+        return for_gate, for_up, for_vector.view(ctx.shape), None
 
 
 def rescale(activation: Tensor, vector: Tensor) -> Tensor:

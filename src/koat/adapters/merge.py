@@ -15,6 +15,7 @@ from koat.adapters.files import WHOLE
 from koat.adapters.ia3 import reset_held
 from koat.adapters.methods import find_method
 from koat.adapters.norms import release_norms
+from koat.adapters.projections import release_projections
 from koat.adapters.reach import fold_places
 from koat.adapters.rotary import release_rotary
 from koat.core.errors import AdapterError
@@ -58,6 +59,7 @@ def merge_adapter(model: Attached) -> Any:
     fold_places(model)
     merged: nn.Module = model.merge_and_unload()
     release_norms(merged)
+    release_projections(merged)
     release_rotary(merged)
     return merged.requires_grad_(False).eval()
 

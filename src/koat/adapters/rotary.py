@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -38,38 +38,44 @@ class Rotate(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """Queries and keys are `[B, H, T, d]`, each with its H; cosines and sines as in `turn`."""
         ctx.save_for_backward(cos, sin)
-        return turn(query, cos, sin), turn(key, cos, sin)
+        first, second = turn((query, key), cos, sin)
+        return first, second
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of queries and keys."""
         cos, sin = ctx.saved_tensors
-        wanted = zip(gradients, ctx.needs_input_grad[:2], strict=True)
-        return *(turn(each, cos, sin, back=True) if needed else None for each, needed in wanted), None, None
+        needed = ctx.needs_input_grad[:2]
+        turned = turn([each for each, wanted in zip(gradients, needed, strict=True) if wanted], cos, sin, back=True)
+        return *(next(turned) if wanted else None for wanted in needed), None, None
 
 
-def turn(heads: Tensor, cos: Tensor, sin: Tensor, back: bool = False) -> Tensor:
-    """Turn the first n numbers of each head `[B, H, T, d]` by `cos` and `sin` `[1 or B, T, n]`; the others stay.
+def turn(heads: Iterable[Tensor], cos: Tensor, sin: Tensor, back: bool = False) -> Iterator[Tensor]:
+    """Turn the first n numbers of heads `[B, H, T, d]` by `cos` and `sin` `[1 or B, T, n]`; the others stay.
 
     Number i goes with number i + n / 2. Products are rounded to the heads' type before they are added up, as in
     transformers. With `back` gradients are turned into those of what was turned.
     """
-    frozen = find_frozen(heads)
+    frozen = find_frozen(cos)
     if frozen is not None:
-        rotated: Tensor = frozen.turn(heads, cos, sin, back)
-        return rotated
-    rows, width = heads.transpose(1, 2), cos.shape[-1]
-    part = rows if width == rows.shape[-1] else rows[..., :width].contiguous()
+        return (frozen.turn(each, cos, sin, back) for each in heads)
     falling, rising = sin.chunk(2, -1)
     cosines, sines = cos[:, :, None], torch.cat((-falling, rising), -1)[:, :, None]
+    return (turn_rows(each.transpose(1, 2), cosines, sines, back).transpose(1, 2) for each in heads)
+
+
+def turn_rows(rows: Tensor, cosines: Tensor, sines: Tensor, back: bool) -> Tensor:
+    """Turn rows of heads `[B, T, H, d]`; `cosines` and `sines`, with their signs, are `[1 or B, T, 1, n]`."""
+    width = cosines.shape[-1]
+    part = rows if width == rows.shape[-1] else rows[..., :width].contiguous()
     crossed = swap_halves(part * sines) if back else swap_halves(part) * sines
     turned = (part * cosines).add_(crossed)
-    if part is not rows:
-        whole = rows.clone(memory_format=torch.contiguous_format)
-        whole[..., :width] = turned
-        turned = whole
-    return turned.transpose(1, 2)
+    if part is rows:
+        return turned
+    whole = rows.clone(memory_format=torch.contiguous_format)
+    whole[..., :width] = turned
+    return whole
 
 
 def swap_halves(rows: Tensor) -> Tensor:
@@ -156,7 +162,7 @@ def turns_alike(plain: Any, share: float) -> bool:
         query, key, cos, sin = (torch.randn(each, generator=generator, device="cpu").to(dtype) for each in shapes)
         try:
             found = plain(query, key, cos, sin)
-            if not all(torch.equal(a, turn(b, cos, sin)) for a, b in zip(found, (query, key), strict=True)):
+            if not all(map(torch.equal, found, turn((query, key), cos, sin))):
                 return False
         except Exception:  # it takes something else, or runs elsewhere
             return False
