@@ -17,8 +17,9 @@ from benchmarks.kept import measure_layer
 from koat.adapters.activations import find_kernels, rebuild
 from koat.adapters.attach import attach_adapter
 from koat.adapters.feed_forward import LeanFeedForward
-from koat.adapters.lean import multiply, rescale, rescale_activated, rescale_output
+from koat.adapters.lean import rescale, rescale_activated, rescale_output
 from koat.adapters.methods import Ia3Settings
+from koat.adapters.vector_products import multiply
 
 IDS = torch.randint(3, 300, (2, 17), generator=torch.Generator().manual_seed(0))
 WIDTH, LENGTH = 40, 64

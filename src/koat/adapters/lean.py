@@ -15,7 +15,6 @@ GPU each of these is a function of one kernel each way (`koat.adapters.fused`).
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -24,69 +23,11 @@ from torch import Tensor
 
 from koat.adapters.activations import activate_into, find_kernels, rebuild
 from koat.adapters.fused import find_fused
+from koat.adapters.vector_products import make_room, multiply, pull_back_product, sum_products, to_rows
 
 TINY = 2.0**-60
 """Added to a vector where a product must be divided by it again: a zero becomes this, an entry above 2^-35 stays the
 same float32. Beside the other channels' it is nothing, and products keep their digits: bfloat16 has float32's range."""
-
-
-def multiply(activation: Tensor, vector: Tensor, out: Tensor | None = None) -> Tensor:
-    """Multiply by a float32 vector and round once, into the activation's type; into `out` where given.
-
-    Rounding the vector first would move it: near one, bfloat16 knows steps of 1/128 only. On a CPU the one fast
-    kernel that takes a short activation and a float32 vector is that of batch normalisation; with mean 0 and
-    variance 1 it is this product, bit for bit, at a third of `torch.mul`'s time.
-    """
-    if not is_normalised_fast(activation):
-        return torch.mul(activation, vector, out=make_room(activation) if out is None else out)
-    width = len(vector)
-    mean, variance, none = _make_neutral(width)
-    rows, weight = activation.reshape(-1, width), vector.float()
-    if out is None:
-        product = torch.native_batch_norm(rows, weight, None, mean, variance, False, 0.0, 0.0)[0]
-        return product.view(activation.shape)
-    torch.native_batch_norm(rows, weight, None, mean, variance, False, 0.0, 0.0, out=(out.view(-1, width), none, none))
-    return out
-
-
-def is_normalised_fast(activation: Tensor) -> bool:
-    """Whether batch normalisation's kernels are the fast ones for an activation."""
-    return activation.dtype == torch.bfloat16 and activation.device.type == "cpu"
-
-
-@functools.cache
-def _make_neutral(width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the mean 0, the variance 1 and the place for statistics of a normalisation that changes nothing."""
-    return torch.zeros(width, device="cpu"), torch.ones(width, device="cpu"), torch.empty(0, device="cpu")
-
-
-def sum_products(gradient: Tensor, activation: Tensor, vector: Tensor) -> Tensor:
-    """Return the gradient `[d]` of a vector that multiplied `activation` `[n, d]`, from that of the product.
-
-    On a CPU it is the weight's in the backward pass of that normalisation, which keeps no products and adds those of
-    bfloat16 up in float32.
-    """
-    wide = torch.promote_types(activation.dtype, torch.float32)
-    if activation.is_meta:
-        return gradient.sum(0, dtype=wide)  # of the right shape, and no products either
-    if activation.device.type != "cpu" or activation.dtype not in (torch.bfloat16, torch.float32):
-        return (gradient * activation).sum(0, dtype=wide)
-    mean, variance, none = _make_neutral(len(vector))
-    wanted = [False, True, False]
-    sums: Tensor = torch.ops.aten.native_batch_norm_backward(
-        gradient, activation, vector.float(), mean, variance, none, none, False, 0.0, wanted
-    )[1]
-    return sums
-
-
-def to_rows(activation: Tensor) -> Tensor:
-    """Return an activation `[..., d]` as rows `[n, d]`."""
-    return activation.flatten(0, -2)
-
-
-def make_room(activation: Tensor) -> Tensor:
-    """Return memory for numbers of an activation's shape and type, row after row."""
-    return torch.empty_like(activation, memory_format=torch.contiguous_format)
 
 
 def make_divisible(vector: Tensor) -> Tensor:
@@ -114,9 +55,9 @@ class Rescale(torch.autograd.Function):
         activation, vector = ctx.saved_tensors
         if activation is None:
             return multiply(gradients[0].contiguous(), vector.flatten()), None
-        gradient, flat = gradients[0].contiguous(), vector.flatten()
-        for_vector = sum_products(to_rows(gradient), to_rows(activation), flat)
-        return multiply(gradient, flat), for_vector.to(vector.dtype).view(vector.shape)
+        gradient = to_rows(gradients[0].contiguous())
+        for_activation, for_vector = pull_back_product(gradient, to_rows(activation), vector.flatten())
+        return for_activation.view(activation.shape), for_vector.to(vector.dtype).view(vector.shape)
 
 
 def scale_output(
@@ -139,10 +80,11 @@ def pull_back_output(
     gradient = gradient.contiguous()
     if product is None:
         return multiply(gradient, divisor), None
-    for_vector = sum_products(to_rows(gradient), to_rows(product), divisor).div_(divisor).to(divisor.dtype)
+    for_activation, for_product = pull_back_product(to_rows(gradient), to_rows(product), divisor)
+    for_vector = for_product.div_(divisor).to(divisor.dtype)
     if held is not None:
         for_vector.masked_fill_(held, 0.0)
-    return multiply(gradient, divisor), for_vector
+    return for_activation.view(product.shape), for_vector
 
 
 def scale_activated(gate: Tensor, vector: Tensor, activate: Callable[[Tensor], Tensor]) -> Tensor:

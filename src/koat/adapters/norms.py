@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from koat.adapters.fused import find_frozen
-from koat.adapters.lean import is_normalised_fast, multiply
 from koat.adapters.refine import mix_in, take_out
+from koat.adapters.vector_products import is_normalised_fast, multiply
 
 PIECE = 1 << 19
 """Numbers that a CPU works on at a time, so that their float32 copies stay small; fewer cost more in calls."""

@@ -76,7 +76,7 @@ class LeanLinear(nn.Module):
         """Project `input` `[..., in]`; a layer that is trained, or under autocast, as its own class does."""
         layer: Any = self
         weight, bias = layer._parameters["weight"], layer._parameters["bias"]
-        if is_frozen(layer, input) and _adds_bias(input):
+        if _adds_bias(input) and is_frozen(layer, input):
             if not (torch.is_grad_enabled() and input.requires_grad):
                 return project(input, weight, bias)
             if input.numel() // input.shape[-1] * len(weight) >= LARGE:
