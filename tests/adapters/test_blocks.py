@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from koat.adapters import feed_forward, ia3
 from koat.adapters.attach import attach_adapter
 from koat.adapters.blocks import RescaleBlock, RescaleGatedBlock, RescaleProjection
 from koat.adapters.feed_forward import apply_block
-from koat.adapters.lean import rescale_output
+from koat.adapters.lean import rescale, rescale_activated, rescale_output
 from koat.adapters.methods import Ia3Settings
 
 WIDTH, INNER = 24, 40
@@ -99,6 +100,33 @@ def test_a_block_has_the_formulas_gradients(gated, bias, wanted) -> None:
     assert_same(differentiate(whole, inputs, wanted), differentiate(formula, inputs, wanted), 3e-5)
 
 
+def test_in_bfloat16_a_projection_is_what_its_parts_are() -> None:
+    layer = make_layer(WIDTH, INNER, True, 1, torch.bfloat16)
+    inputs = [draw(2, WIDTH, 9, dtype=torch.bfloat16).transpose(1, 2), draw_vector(INNER)]
+    whole = differentiate(lambda x, v: RescaleProjection.apply(x, v, None, layer), inputs, [True, True])
+    parts = differentiate(lambda x, v: rescale_output(layer(x), v), inputs, [True, True])
+    assert len(whole) == 3 and all(torch.equal(mine, right) for mine, right in zip(whole, parts, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("form", ["projection", "block", "gated block", "parts"])
+def test_no_rows_have_no_gradients(form, dtype) -> None:
+    """A micro-batch in which nothing is predicted has them: some kernels end the process on no rows."""
+    gate, up = (make_layer(WIDTH, INNER, True, seed, dtype) for seed in (0, 1))
+    inner, vector = make_layer(INNER, WIDTH, True, 2, dtype), draw_vector(INNER).requires_grad_()
+    x = torch.zeros(2, 0, WIDTH, dtype=dtype, requires_grad=True)
+    compute = {
+        "projection": lambda: RescaleProjection.apply(x, vector, None, gate),
+        "block": lambda: RescaleBlock.apply(x, vector, gate, inner, F.silu),
+        "gated block": lambda: RescaleGatedBlock.apply(x, vector, gate, up, inner, F.silu),
+        "parts": lambda: inner(
+            rescale(rescale_activated(rescale_output(gate(x), vector), up(x), vector, F.silu), vector)
+        ),
+    }[form]
+    compute().sum().backward()
+    assert x.grad.shape == x.shape and torch.equal(vector.grad, torch.zeros_like(vector))
+
+
 @pytest.mark.parametrize("gated", [True, False])
 def test_in_bfloat16_a_block_is_what_its_parts_are(monkeypatch, gated) -> None:
     sizes = [(WIDTH, INNER), *([(WIDTH, INNER)] if gated else []), (INNER, WIDTH)]
@@ -110,7 +138,7 @@ def test_in_bfloat16_a_block_is_what_its_parts_are(monkeypatch, gated) -> None:
         results.append(differentiate(lambda x, v: apply_block(x, v, first, inner, F.silu), inputs, [True, True]))
     (value, for_x, for_vector), (expected, exact, summed) = results
     assert torch.equal(value, expected) and torch.equal(for_vector, summed)
-    # Gradients of both halves of a gated block meet in float32 here, in bfloat16 there.
+    # The gradients of a gated block's halves are added up before they are rounded here, after it there.
     torch.testing.assert_close(for_x, exact, rtol=0.02, atol=0.02)
 
 
@@ -126,7 +154,7 @@ def test_models_compute_what_they_do_in_parts(make_model, monkeypatch, family, d
         logits = model(input_ids=IDS).logits
         logits.float().square().mean().backward()
         results.append([logits.detach()] + [p.grad for p in model.parameters() if p.requires_grad])
-        names = {type(node[0]).__name__ for node in walk_graph(logits.grad_fn)}
+        names = list_nodes(logits.grad_fn)
         assert any(name.startswith("RescaleProjection") for name in names) == whole
         assert any("Block" in name for name in names) == whole
     if dtype == torch.float32:
@@ -135,33 +163,54 @@ def test_models_compute_what_they_do_in_parts(make_model, monkeypatch, family, d
         assert torch.equal(results[0][0], results[1][0])
 
 
-def walk_graph(root: Any) -> list[tuple[Any, int]]:
-    """Return all nodes that a gradient passes through, each with its place."""
-    found, waiting, seen = [], [(root, 0)], set()
+def list_nodes(root: Any) -> set[str]:
+    """Return the names of all functions that a gradient passes through."""
+    found, waiting = set(), [root]
     while waiting:
         node = waiting.pop()
-        if node[0] is not None and node[0] not in seen:
-            seen.add(node[0])
-            found.append(node)
-            waiting += node[0].next_functions
-    return found
+        if node is not None and node not in found:
+            found.add(node)
+            waiting += [each for each, _ in node.next_functions]
+    return {type(node).__name__ for node in found}
+
+
+WAYS = [
+    "register_forward_hook",
+    "register_forward_pre_hook",
+    "register_full_backward_hook",
+    "register_full_backward_pre_hook",
+    "own forward",
+    "global",
+]
 
 
 @pytest.mark.parametrize("place", ["query_key_value", "dense_h_to_4h", "dense_4h_to_h"])
-@pytest.mark.parametrize("way", ["forward hook", "own forward"])
+@pytest.mark.parametrize("way", WAYS)
 def test_a_layer_that_others_look_at_is_called(make_model, place, way) -> None:
     model = attach_adapter(make_model("gpt_neox"), Ia3Settings())
-    (layer, *_) = (
+    *_, layer = (  # the first layer's input has no gradient
         getattr(module, "base_layer", module) for name, module in model.named_modules() if name.endswith(f".{place}")
     )
-    seen: list[torch.Tensor] = []
+    seen: list[Any] = []
     plain = layer.forward
-    if way == "forward hook":
-        layer.register_forward_hook(lambda module, given, result: seen.append(result.detach().clone()))
-    else:  # as accelerate moves a layer's weights
-        layer.forward = lambda x: seen.append(x.detach()) or plain(x)
+
+    def look(*given: Any) -> None:
+        seen.append(given)
+
     expected = attach_adapter(make_model("gpt_neox"), Ia3Settings())(input_ids=IDS).logits
-    assert torch.allclose(model(input_ids=IDS).logits, expected, atol=1e-6)
+    with contextlib.ExitStack() as stack:
+        if way == "own forward":  # as accelerate moves a layer's weights
+            layer.forward = lambda x: look(x) or plain(x)
+        elif way == "global":
+            watch = nn.modules.module.register_module_forward_hook(
+                lambda module, *more: look() if module is layer else None
+            )
+            stack.callback(watch.remove)
+        else:
+            getattr(layer, way)(look)
+        logits = model(input_ids=IDS).logits
+        logits.sum().backward()
+    assert torch.allclose(logits, expected, atol=1e-6)
     assert len(seen) == 1
 
 

@@ -306,7 +306,7 @@ def test_next_to_nothing_is_kept_beyond_the_frozen_model(make_model, name, dtype
     assert ours - floor <= (theirs - floor) / 3
     if family == "llama":
         # For each token the keys more, the gate's activation less, and two norms' float32 inputs less; three vectors
-        # for all tokens. A norm's scale is kept in bfloat16, as its mean square, and computed again in float32.
+        # for all tokens. A bfloat16 norm keeps its rows' mean squares, a float32 one computes them again.
         keys, scale = 16 * shape["num_key_value_heads"], 4 if dtype == torch.float32 else 0
         norms = 2 * (shape["hidden_size"] * (4 - dtype.itemsize) + scale)
         assert ours - floor == (keys - 344) * dtype.itemsize - norms + (2 * keys + 344) * 4 / LENGTH

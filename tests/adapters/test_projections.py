@@ -44,7 +44,7 @@ def make_pair(dtype: torch.dtype = torch.bfloat16) -> tuple[nn.Linear, nn.Linear
 
 
 def differentiate(layer: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    x = x.detach().requires_grad_()
     value = layer(x)
     (gradient,) = torch.autograd.grad(value, x, draw(*value.shape, seed=3, dtype=value.dtype))
     return value.detach(), gradient
@@ -85,13 +85,13 @@ def test_the_kernel_that_adds_the_bias_is_used_for_many_numbers_alone(monkeypatc
 @pytest.mark.parametrize("reason", ["its type", "it is trained", "autocast", "no kernel"])
 def test_what_is_not_served_is_pytorchs(monkeypatch, reason) -> None:
     monkeypatch.setattr(projections, "LARGE", 0)
-    plain, lean = make_pair(torch.float32 if reason in ("its type", "autocast") else torch.bfloat16)
+    plain, lean = make_pair(torch.float32 if reason == "its type" else torch.bfloat16)
     if reason == "it is trained":
         lean.requires_grad_()
     if reason == "no kernel":
         monkeypatch.setattr(projections, "_has_kernel", lambda: False)
     x = draw(7, INPUTS, dtype=plain.weight.dtype).requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16, enabled=reason == "autocast"):
+    with torch.autocast("cpu", torch.float16, enabled=reason == "autocast"):
         value, expected = lean(x), plain(x)
     assert type(value.grad_fn).__name__ != "ProjectBackward"
     assert value.dtype == expected.dtype and torch.equal(value, expected)

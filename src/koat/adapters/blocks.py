@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from koat.adapters.lean import (
     pull_back_activated,
@@ -37,6 +38,7 @@ class RescaleProjection(torch.autograd.Function):
         return product
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of `x` and of the vector."""
         product, divisor, weight = ctx.saved_tensors
@@ -59,6 +61,7 @@ class RescaleBlock(torch.autograd.Function):
         return project(scale_activated(argument, vector, activate), inner.weight, inner.bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of `x` and of the vector."""
         argument, vector, gate, inner = ctx.saved_tensors
@@ -89,6 +92,7 @@ class RescaleGatedBlock(torch.autograd.Function):
         return project(product, inner.weight, inner.bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of `x` and of the vector."""
         argument, kept, divisor, gate, up, inner = ctx.saved_tensors

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from koat.adapters.activations import activate_into, find_kernels, rebuild
 from koat.adapters.fused import find_fused
@@ -50,13 +51,13 @@ class Rescale(torch.autograd.Function):
         return multiply(activation, vector.flatten())
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of the activation and of the vector."""
         activation, vector = ctx.saved_tensors
         if activation is None:
             return multiply(gradients[0].contiguous(), vector.flatten()), None
-        gradient = to_rows(gradients[0].contiguous())
-        for_activation, for_vector = pull_back_product(gradient, to_rows(activation), vector.flatten())
+        for_activation, for_vector = pull_back_product(to_rows(gradients[0]), to_rows(activation), vector.flatten())
         return for_activation.view(activation.shape), for_vector.to(vector.dtype).view(vector.shape)
 
 
@@ -76,10 +77,9 @@ def scale_output(
 def pull_back_output(
     gradient: Tensor, product: Tensor | None, divisor: Tensor, held: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the gradients of the activation and of the vector `[d]`; no `product`: the vector needs none."""
-    gradient = gradient.contiguous()
+    """Return the gradients of activation `[..., d]` and vector `[d]`; no `product`: the vector needs none."""
     if product is None:
-        return multiply(gradient, divisor), None
+        return multiply(gradient.contiguous(), divisor), None
     for_activation, for_product = pull_back_product(to_rows(gradient), to_rows(product), divisor)
     for_vector = for_product.div_(divisor).to(divisor.dtype)
     if held is not None:
@@ -88,7 +88,7 @@ def pull_back_output(
 
 
 def scale_activated(gate: Tensor, vector: Tensor, activate: Callable[[Tensor], Tensor]) -> Tensor:
-    """Return `activate(gate) * vector`."""
+    """Return `activate(gate) * vector`; `gate` is `[..., d]`, `vector` has `d` numbers."""
     scaled = make_room(gate)
     activate_into(activate, gate, scaled)
     return multiply(scaled, vector.flatten(), out=scaled)
@@ -109,7 +109,7 @@ def pull_back_activated(
 def scale_gated(
     gate: Tensor, up: Tensor, vector: Tensor, activate: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return `activate(gate) * (up * vector)`, what to keep of `up`, and the vector that it can be divided by."""
+    """Return `activate(gate) * (up * vector)` `[..., d]`, what to keep of `up`, and what to divide it by, `[d]`."""
     divisor = make_divisible(vector)
     scaled_up = multiply(up, divisor)
     product = make_room(gate)
@@ -145,6 +145,7 @@ class RescaleOutput(torch.autograd.Function):
         return product
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of the activation and of the vector."""
         product, divisor = ctx.saved_tensors
@@ -163,6 +164,7 @@ class RescaleActivated(torch.autograd.Function):
         return scale_activated(gate, vector, activate)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of the gate and of the vector."""
         gate, vector = ctx.saved_tensors
@@ -184,6 +186,7 @@ class RescaleGated(torch.autograd.Function):
         return product
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of gate, up and the vector."""
         gate, kept, divisor = ctx.saved_tensors

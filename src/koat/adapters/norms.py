@@ -3,7 +3,7 @@
 transformers computes them in float32, so autograd keeps a float32 copy of every input, and its backward pass of a
 mean over the last dimension makes tensors whose rows are columns, which every product after it pays for on a CPU.
 With the gain frozen the gradient is one formula, and on a GPU one kernel (`koat.adapters.fused`). On a CPU most norms
-have their values in fewer passes as well, to the very bits. Zhang and Sennrich 2019, "Root Mean Square Layer
+have their bfloat16 values in fewer passes as well, to the very bits. Zhang and Sennrich 2019, "Root Mean Square Layer
 Normalization".
 """
 
@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from koat.adapters.fused import find_frozen
 from koat.adapters.refine import mix_in, take_out
-from koat.adapters.vector_products import is_normalised_fast, multiply
+from koat.adapters.vector_products import is_normalised_fast, multiply, to_rows
 
 PIECE = 1 << 19
 """Numbers that a CPU works on at a time, so that their float32 copies stay small; fewer cost more in calls."""
@@ -42,6 +43,7 @@ class NormRows(torch.autograd.Function):
         return normed
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradient of `x`."""
         x, weight, means = ctx.saved_tensors
@@ -53,11 +55,6 @@ class NormRows(torch.autograd.Function):
         else:
             result = pull_back_wide(rows, upstream, weight, ctx.offset, ctx.epsilon)
         return result.view(x.shape), None, None, None, None
-
-
-def to_rows(x: Tensor) -> Tensor:
-    """Return `x` `[..., d]` as rows `[n, d]`, one after the other in memory."""
-    return x.reshape(-1, x.shape[-1]).contiguous()
 
 
 def norm_rows(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
@@ -81,10 +78,10 @@ def average_squares(rows: Tensor) -> Tensor:
 
 def compute_in_pieces(compute: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Return a norm of `x` `[..., d]`, which takes each row for itself, a piece of the rows at a time."""
-    num_rows, rows = count_rows(x), x.reshape(-1, x.shape[-1])
-    if len(rows) <= num_rows:
+    num_rows, width = count_rows(x), x.shape[-1]
+    if x.numel() <= num_rows * width:
         return compute(x)
-    return torch.cat([compute(piece) for piece in torch.split(rows, num_rows)]).view(x.shape)
+    return torch.cat([compute(piece) for piece in torch.split(x.reshape(-1, width), num_rows)]).view(x.shape)
 
 
 def count_rows(x: Tensor) -> int:
@@ -136,13 +133,13 @@ class LeanNorm(nn.Module):
     """Whether it computes what `norm_rows` does."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Norm `x` `[..., d]`; where the gain is trained, as the model's own class does."""
-        plain: Any = super().forward
-        weight: Any = self._parameters["weight"]
-        if weight.requires_grad:
+        """Norm `x` `[..., d]`; where the gain is trained, or there are no rows, as the model's own class does."""
+        norm: Any = self
+        plain, weight = super().forward, norm.weight
+        if weight.requires_grad or not x.numel():
             ordinary: Tensor = plain(x)
             return ordinary
-        served = self.rounds_first and is_normalised_fast(x) and weight.dtype == x.dtype and x.numel() > 0
+        served = self.rounds_first and is_normalised_fast(x) and weight.dtype == x.dtype
         if not (torch.is_grad_enabled() and x.requires_grad):
             return norm_rows(x, weight, self.epsilon)[0] if served else compute_in_pieces(plain, x)
         compute = None if served else plain

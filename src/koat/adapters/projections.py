@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from koat.adapters.refine import mix_in, take_out
@@ -45,7 +46,7 @@ def _has_kernel() -> bool:
     """Whether oneDNN's kernel computes what PyTorch's does, found by trying it."""
     generator = torch.Generator().manual_seed(0)
     x, weight, bias = (
-        torch.randn(shape, generator=generator, device="cpu").bfloat16() for shape in ((3, 5, 64), (48, 64), (48,))
+        torch.randn(shape, generator=generator, device="cpu").bfloat16() for shape in ((2, 64, 512), (256, 512), (256,))
     )
     try:
         found = torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
@@ -64,6 +65,7 @@ class Project(torch.autograd.Function):
         return project(x, weight, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradient of `x`."""
         return pull_back_projection(gradients[0], *ctx.saved_tensors), None, None
@@ -73,10 +75,10 @@ class LeanLinear(nn.Module):
     """Mixed into the class of a linear layer with a bias."""
 
     def forward(self, input: Tensor) -> Tensor:  # as PyTorch names it
-        """Project `input` `[..., in]`; a layer that is trained, or under autocast, as its own class does."""
+        """Project `input` `[..., in]`, as the layer's own class does unless another kernel serves, and pays."""
         layer: Any = self
-        weight, bias = layer._parameters["weight"], layer._parameters["bias"]
         if _adds_bias(input) and is_frozen(layer, input):
+            weight, bias = layer.weight, layer.bias
             if not (torch.is_grad_enabled() and input.requires_grad):
                 return project(input, weight, bias)
             if input.numel() // input.shape[-1] * len(weight) >= LARGE:
@@ -87,11 +89,12 @@ class LeanLinear(nn.Module):
 
 
 def is_frozen(layer: nn.Module, x: Tensor) -> bool:
-    """Whether a linear layer projects `x` as it is: its weights are not trained, nor is anything cast."""
-    own: Any = layer._parameters
-    weight, bias = own["weight"], own["bias"]
+    """Whether a linear layer projects `x` `[..., in]` as it is: its weights are not trained, nor is anything cast."""
+    own: Any = layer
+    weight, bias = own.weight, own.bias
     trained = weight.requires_grad or (bias is not None and bias.requires_grad)
-    return not trained and weight.dtype == x.dtype and not torch.is_autocast_enabled(x.device.type)
+    usual = type(weight) in (Tensor, nn.Parameter) and weight.dtype == x.dtype and weight.is_contiguous()
+    return usual and not trained and not torch.is_autocast_enabled(x.device.type)
 
 
 def is_plain(layer: nn.Module, x: Tensor) -> bool:
@@ -100,7 +103,9 @@ def is_plain(layer: nn.Module, x: Tensor) -> bool:
         return False
     own: Any = vars(layer)
     is_linear = type(layer) is nn.Linear or isinstance(layer, LeanLinear)
-    return is_linear and "forward" not in own and not any(own[name] for name in HOOKS) and is_frozen(layer, x)
+    watches_all: Any = nn.modules.module._has_any_global_hook
+    is_watched = "forward" in own or any(own[name] for name in HOOKS) or watches_all()
+    return is_linear and not is_watched and is_frozen(layer, x)
 
 
 def refine_projections(model: nn.Module) -> None:

@@ -162,7 +162,7 @@ def turns_alike(plain: Any, share: float) -> bool:
         query, key, cos, sin = (torch.randn(each, generator=generator, device="cpu").to(dtype) for each in shapes)
         try:
             found = plain(query, key, cos, sin)
-            if not all(map(torch.equal, found, turn((query, key), cos, sin))):
+            if not all(torch.equal(a, b) for a, b in zip(found, turn((query, key), cos, sin), strict=True)):
                 return False
         except Exception:  # it takes something else, or runs elsewhere
             return False

@@ -36,6 +36,7 @@ def is_normalised_fast(activation: Tensor) -> bool:
 
 
 @functools.cache
+@torch.inference_mode(False)
 def _make_neutral(width: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return the mean 0, the variance 1 and the place for statistics of a normalisation that changes nothing."""
     return torch.zeros(width, device="cpu"), torch.ones(width, device="cpu"), torch.empty(0, device="cpu")
@@ -56,15 +57,16 @@ def sum_products(gradient: Tensor, activation: Tensor, vector: Tensor) -> Tensor
 
 
 def pull_back_product(gradient: Tensor, activation: Tensor, vector: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the gradients of `activation` `[n, d]` and of the vector that multiplied it, on a CPU of one pass."""
+    """Return the gradients of `activation` `[n, d]` and of the vector that multiplied it, on a CPU in one pass."""
     if is_summed_fast(activation):
         return _pull_back_fast(gradient, activation, vector, True)
     return multiply(gradient, vector), sum_products(gradient, activation, vector)
 
 
 def is_summed_fast(activation: Tensor) -> bool:
-    """Whether the backward pass of a normalisation is the fast way to a vector's gradient."""
-    return activation.device.type == "cpu" and activation.dtype in (torch.bfloat16, torch.float32)
+    """Whether the backward pass of a normalisation is the fast way to a vector's gradient; no rows would end it."""
+    on_cpu, short = activation.device.type == "cpu", activation.dtype in (torch.bfloat16, torch.float32)
+    return on_cpu and short and len(activation) > 0
 
 
 def _pull_back_fast(gradient: Tensor, activation: Tensor, vector: Tensor, both: bool) -> tuple[Tensor, Tensor]:
@@ -76,8 +78,8 @@ def _pull_back_fast(gradient: Tensor, activation: Tensor, vector: Tensor, both: 
 
 
 def to_rows(activation: Tensor) -> Tensor:
-    """Return an activation `[..., d]` as rows `[n, d]`."""
-    return activation.flatten(0, -2)
+    """Return an activation `[..., d]` as rows `[n, d]`, one after the other in memory."""
+    return activation.reshape(-1, activation.shape[-1]).contiguous()
 
 
 def make_room(activation: Tensor) -> Tensor:
