@@ -82,6 +82,13 @@ def test_the_kernel_that_adds_the_bias_is_used_for_many_numbers_alone(monkeypatc
     assert type(lean(x).grad_fn).__name__ == "ProjectBackward"
 
 
+@needs_kernel
+def test_the_kernel_is_tried_as_it_is_whatever_is_cast_around_it() -> None:
+    projections._has_kernel.cache_clear()
+    with torch.autocast("cpu", torch.float16):
+        assert projections._has_kernel()
+
+
 @pytest.mark.parametrize("reason", ["its type", "it is trained", "autocast", "no kernel"])
 def test_what_is_not_served_is_pytorchs(monkeypatch, reason) -> None:
     monkeypatch.setattr(projections, "LARGE", 0)
