@@ -27,11 +27,9 @@ from benchmarks.measure import Check, Findings, Result, Table, check_equal, comp
 from benchmarks.workload import SIZES, Absent, Options, build_base
 from koat.adapters.architectures import find_architecture
 from koat.adapters.attach import attach_adapter, read_adapter_state
+from koat.adapters.frozen import refine_frozen
 from koat.adapters.ia3 import Ia3Linear, make_ia3_config
 from koat.adapters.methods import Ia3Settings
-from koat.adapters.norms import refine_norms
-from koat.adapters.projections import refine_projections
-from koat.adapters.rotary import refine_rotary
 from koat.core.settings import ModelSettings
 from koat.model import load_model
 
@@ -94,9 +92,7 @@ def make_sides() -> dict[str, Wrap]:
 
 def make_lean(base: Any) -> Any:
     """Return a frozen base with koat's norms, projections and rotary positions and no adapter."""
-    refine_norms(base)
-    refine_projections(base)
-    refine_rotary(base)
+    refine_frozen(base)
     return base
 
 

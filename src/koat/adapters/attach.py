@@ -24,14 +24,12 @@ from koat.adapters.files import (
     read_adapter_file,
     read_extra,
 )
+from koat.adapters.frozen import refine_frozen
 from koat.adapters.full import FullModel, read_weights, restore_whole, train_whole, write_weights
 from koat.adapters.ia3 import count_held, holds_queries, refine_ia3_layers, reset_held
 from koat.adapters.lora import refine_lora_layers
 from koat.adapters.methods import find_method
-from koat.adapters.norms import refine_norms
-from koat.adapters.projections import refine_projections
 from koat.adapters.reach import extend_reach, find_places, list_kinds, list_places
-from koat.adapters.rotary import refine_rotary
 from koat.adapters.soft_prompts import finished, read_soft_state, write_soft_state
 from koat.adapters.targets import check_targets, list_linears
 from koat.core.config import Section
@@ -76,9 +74,7 @@ def refine_layers(wrapped: nn.Module, holds: bool) -> None:
     refine_ia3_layers(base, holds)
     refine_feed_forwards(base)
     refine_lora_layers(base)
-    refine_norms(base)
-    refine_projections(base)
-    refine_rotary(base)
+    refine_frozen(base)
 
 
 def count_trainable(model: nn.Module) -> int:

@@ -12,12 +12,10 @@ from torch import nn
 
 from koat.adapters.attach import Attached
 from koat.adapters.files import WHOLE
+from koat.adapters.frozen import release_frozen
 from koat.adapters.ia3 import reset_held
 from koat.adapters.methods import find_method
-from koat.adapters.norms import release_norms
-from koat.adapters.projections import release_projections
 from koat.adapters.reach import fold_places
-from koat.adapters.rotary import release_rotary
 from koat.core.errors import AdapterError
 from koat.quantise.weights import list_quantised
 
@@ -58,9 +56,7 @@ def merge_adapter(model: Attached) -> Any:
     reset_held(model)
     fold_places(model)
     merged: nn.Module = model.merge_and_unload()
-    release_norms(merged)
-    release_projections(merged)
-    release_rotary(merged)
+    release_frozen(merged)
     return merged.requires_grad_(False).eval()
 
 
